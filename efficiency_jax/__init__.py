@@ -1,0 +1,1 @@
+"""Techniques that make language models cheap, as pure functions in JAX."""

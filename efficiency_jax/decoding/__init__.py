@@ -1,0 +1,1 @@
+"""Decoding with fewer passes of the target model, and nothing lost."""

@@ -1,0 +1,326 @@
+"""Cheap guesses at the next tokens.
+
+A drafter is a frozen dataclass of static choices with three pure methods:
+
+* `init(weights, context, longest)` gives its state for a batch of prompts,
+* `propose(weights, state, cache, context, length, purpose)` drafts `length`
+  tokens after the last committed one and hands the target's cache back (a
+  drafter that shares it may have written beyond its cursor),
+* `observe(state, context, longest)` looks at newly committed tokens and says
+  how many tokens it could draft next and how sure it is (`Forecast`). A
+  schedule may use that: it depends on committed tokens only.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from efficiency_jax.decoding import sampling as sampling_lib
+from efficiency_jax.decoding.prefill import prefill
+from efficiency_jax.decoding.sampling import Purpose, Sampling
+from efficiency_jax.decoding.verifiers import Proposal
+from efficiency_jax.types import ApplyFn, Cache, Params
+
+
+class Weights(NamedTuple):
+  """Parameters of the two models of a decoder."""
+
+  target: Params
+  draft: Params | None = None
+
+
+class Context(NamedTuple):
+  """What has been committed so far; all that a drafter may look at."""
+
+  tokens: jax.Array  # [B, N] int32, prompt and text
+  length: jax.Array  # [B] int32, committed tokens of each row
+  keys: jax.Array  # [B] typed keys
+  sampling: Sampling
+
+
+class Forecast(NamedTuple):
+  """What a drafter can do next, judged from committed tokens."""
+
+  count: jax.Array  # [B] int32, tokens that it could draft
+  kind: jax.Array  # [B] int32 < num_kinds, drafts of like reliability
+
+
+class Drafter(Protocol):
+  """The interface; see the module's docstring."""
+
+  num_kinds: int
+  name: str
+
+  def init(self, weights: Weights, context: Context, longest: int) -> Any:
+    """State of the drafter after the prompts in `context`."""
+    ...
+
+  def propose(
+      self,
+      weights: Weights,
+      state: Any,
+      cache: Cache,
+      context: Context,
+      length: int,
+      purpose: Purpose,
+  ) -> tuple[Proposal, Any, Cache]:
+    """Drafts `length` tokens a row."""
+    ...
+
+  def observe(
+      self, state: Any, context: Context, longest: int
+  ) -> tuple[Any, Forecast]:
+    """Takes in committed tokens before the next round."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+  """Drafts nothing, which makes the speculative loop a plain one.
+
+  With a draft length G above 0 the target still runs at width G + 1: that is
+  plain decoding whose products have the shapes of verification, and whose text
+  therefore equals speculative text bit for bit in any dtype.
+  """
+
+  name: str = 'plain'
+  num_kinds: int = 1
+
+  def init(self, weights, context, longest):
+    """No state."""
+    del weights, context, longest
+    return ()
+
+  def propose(self, weights, state, cache, context, length, purpose):
+    """`length` placeholders, none of them meant."""
+    del weights, purpose
+    batch = context.length.shape[0]
+    tokens = jnp.zeros((batch, length), jnp.int32)
+    count = jnp.zeros((batch,), jnp.int32)
+    return Proposal(tokens, count, None), state, cache
+
+  def observe(self, state, context, longest):
+    """Nothing to draft."""
+    del longest
+    zero = jnp.zeros_like(context.length)
+    return state, Forecast(zero, zero)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NGram:
+  """Prompt lookup: copies what followed the same tokens earlier on.
+
+  The longest suffix of the text, up to `longest_match` tokens, that occurs
+  before is looked for; among equal lengths the latest place wins. The draft is
+  what stands behind it, and where that reaches the end of the text it goes on
+  from the place again, as a text that repeats with that period would. The whole
+  search is a comparison of shifted copies of the token buffer in the compiled
+  loop.
+
+  Attributes:
+    longest_match: Most tokens of the suffix to compare.
+    shortest_match: Fewest tokens that make a match.
+  """
+
+  longest_match: int = 4
+  shortest_match: int = 1
+  name: str = 'n-gram'
+
+  def __post_init__(self):
+    if not 1 <= self.shortest_match <= self.longest_match:
+      raise ValueError(
+          'shortest_match must be in 1..longest_match ='
+          f' {self.longest_match}, got {self.shortest_match}.'
+      )
+
+  @property
+  def num_kinds(self) -> int:
+    """Matches of each length draft with their own reliability."""
+    return self.longest_match - self.shortest_match + 1
+
+  def init(self, weights, context, longest):
+    """No draft yet: `observe` finds the first."""
+    del weights
+    batch = context.length.shape[0]
+    return Proposal(
+        jnp.zeros((batch, longest), jnp.int32),
+        jnp.zeros((batch,), jnp.int32),
+        None,
+    )
+
+  def propose(self, weights, state, cache, context, length, purpose):
+    """The first `length` tokens of what `observe` found."""
+    del weights, context, purpose
+    count = jnp.minimum(state.count, length)
+    return Proposal(state.tokens[:, :length], count, None), state, cache
+
+  def observe(self, state, context, longest):
+    """Looks the suffix of every row up in the row."""
+    del state
+    tokens, length = context.tokens, context.length
+    slots = jnp.arange(tokens.shape[1])
+    matched = jnp.zeros(tokens.shape, jnp.int32)
+    still = slots[None] < length[:, None] - 1  # an end of an earlier n-gram
+    for back in range(self.longest_match):
+      last = jnp.take_along_axis(
+          tokens, jnp.maximum(length - 1 - back, 0)[:, None], axis=1
+      )
+      shifted = jnp.pad(tokens, ((0, 0), (back, 0)))[:, : tokens.shape[1]]
+      still &= (shifted == last) & (slots >= back)
+      matched += still
+    # The longest match; of those the latest.
+    place = jnp.argmax(matched * tokens.shape[1] + slots, axis=1)
+    size = jnp.take_along_axis(matched, place[:, None], axis=1)[:, 0]
+    found = size >= self.shortest_match
+    period = jnp.maximum(length - 1 - place, 1)[:, None]
+    source = place[:, None] + 1 + jnp.arange(longest) % period
+    source = jnp.minimum(source, tokens.shape[1] - 1)
+    draft = jnp.take_along_axis(tokens, source, axis=1)
+    count = jnp.where(found, longest, 0)
+    kind = jnp.maximum(size - self.shortest_match, 0)
+    return Proposal(draft, count, None), Forecast(count, kind)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftModel:
+  """A smaller model with the same tokenizer and a cache of its own.
+
+  Attributes:
+    apply: The draft model.
+    init_cache: `init_cache(batch, slots)` gives it an empty cache.
+  """
+
+  apply: ApplyFn
+  init_cache: Any
+  name: str = 'draft model'
+  num_kinds: int = 1
+
+  def init(self, weights, context, longest):
+    """Runs the draft model over the prompts."""
+    batch, slots = context.tokens.shape
+    cache = self.init_cache(batch, slots + longest)
+    return prefill(
+        self.apply, weights.draft, context.tokens, context.length, cache
+    )
+
+  def propose(self, weights, state, cache, context, length, purpose):
+    """Samples `length` tokens from the draft model, one by one.
+
+    It feeds the last two committed tokens first: after a fully accepted draft
+    the cache lacks the last drafted token, and feeding it always costs less
+    than a second kind of step.
+    """
+    start = jnp.maximum(context.length - 2, 0)
+    first = jnp.take_along_axis(
+        context.tokens, start[:, None] + jnp.arange(2), axis=1
+    )
+    state = state._replace(length=start)
+
+    def feed(tokens, draft_cache):
+      return self.apply(weights.draft, tokens, draft_cache)
+
+    output, state = feed(first, state)
+    last = (context.length - 1 - start)[:, None, None]
+    logits = jnp.take_along_axis(output.logits, last, axis=1)
+    state = state._replace(length=context.length)
+    proposal, state = _sample_chain(
+        feed, logits, state, context, length, purpose
+    )
+    return proposal, state, cache
+
+  def observe(self, state, context, longest):
+    """Can always draft; the cache is rolled back by `propose`."""
+    return state, _always(context, longest)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EarlyExit:
+  """The first layers of the target with its own norm and head as the draft.
+
+  They write the same keys and values that the target's verification then
+  writes, so the target's cache is the draft's (LayerSkip, arXiv 2404.16710).
+
+  Attributes:
+    apply: The target's first layers, on the target's parameters.
+  """
+
+  apply: ApplyFn
+  name: str = 'early exit'
+  num_kinds: int = 1
+
+  def init(self, weights, context, longest):
+    """No state of its own."""
+    del weights, context, longest
+    return ()
+
+  def propose(self, weights, state, cache, context, length, purpose):
+    """Samples `length` tokens through the first layers."""
+
+    def feed(tokens, cache):
+      return self.apply(weights.target, tokens, cache)
+
+    cursor = cache.length
+    anchor = jnp.take_along_axis(
+        context.tokens, context.length[:, None] - 1, axis=1
+    )
+    output, cache = feed(anchor, cache)
+    proposal, cache = _sample_chain(
+        feed, output.logits, cache, context, length, purpose
+    )
+    return proposal, state, cache._replace(length=cursor)
+
+  def observe(self, state, context, longest):
+    """Can always draft."""
+    return state, _always(context, longest)
+
+
+def _always(context: Context, longest: int) -> Forecast:
+  zero = jnp.zeros_like(context.length)
+  return Forecast(zero + longest, zero)
+
+
+def _sample_chain(
+    feed, logits, cache: Cache, context: Context, length: int, purpose: Purpose
+) -> tuple[Proposal, Cache]:
+  """Draws `length` tokens, feeding each back; `logits` [B, 1, V] start it.
+
+  The kept logits are those that were drawn from, filters included: a verifier
+  needs the true q.
+  """
+  seen = None
+  if context.sampling.repetition_penalty is not None:
+    seen = sampling_lib.seen_tokens(
+        context.tokens, context.length, logits.shape[-1]
+    )[:, None]
+
+  def draw(logits, seen, index):
+    q = sampling_lib.processed_logits(logits, context.sampling, seen)
+    if sampling_lib.is_greedy(context.sampling):
+      token = jnp.argmax(q, axis=-1).astype(jnp.int32)
+    else:
+      position = (context.length + index)[:, None]
+      keys = sampling_lib.position_keys(context.keys, position, purpose)
+      token = sampling_lib.draw(keys, q)
+    if seen is not None:
+      seen |= jax.nn.one_hot(token, logits.shape[-1], dtype=bool)
+    return token, q, seen
+
+  def step(carry, index):
+    token, seen, cache = carry
+    output, cache = feed(token, cache)
+    token, q, seen = draw(output.logits, seen, index)
+    return (token, seen, cache), (token, q)
+
+  token, q, seen = draw(logits, seen, 0)
+  (_, _, cache), (tokens, kept) = lax.scan(
+      step, (token, seen, cache), jnp.arange(1, length)
+  )
+  tokens = jnp.concatenate([token[None], tokens]).swapaxes(0, 1)[..., 0]
+  kept = jnp.concatenate([q[None], kept]).swapaxes(0, 1)[:, :, 0]
+  # A greedy draft is a point mass, which needs no [B, G, V] array.
+  greedy = sampling_lib.is_greedy(context.sampling)
+  count = jnp.full(tokens.shape[:1], length, jnp.int32)
+  return Proposal(tokens, count, None if greedy else kept), cache

@@ -1,0 +1,320 @@
+"""Draft-and-verify decoding: the one decoding loop.
+
+A round drafts G tokens, scores them in one pass of the target, and commits the
+prefix that a verifier keeps plus one token of the target (Leviathan et al.,
+arXiv 2211.17192). With `drafters.Nothing` and G = 0 it is plain decoding.
+
+A whole generation is one compiled `lax.while_loop` over a batch whose rows have
+their own lengths, budgets and ends. Between rounds, for every row,
+
+    the cache holds exactly the positions `0 .. length - 2`,
+
+so the last committed token is always the first one fed, rolling back after a
+refusal is setting a number, and rows may accept differently.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from efficiency_jax.decoding import drafters, sampling as sampling_lib
+from efficiency_jax.decoding import schedule as schedule_lib
+from efficiency_jax.decoding.drafters import Context, Forecast, Weights
+from efficiency_jax.decoding.prefill import prefill
+from efficiency_jax.decoding.sampling import Sampling
+from efficiency_jax.decoding.verifiers import GREEDY, Proposal, Verdict, Verifier
+from efficiency_jax.types import ApplyFn, Cache
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoder:
+  """The static choices of a decoding loop; hashable.
+
+  Attributes:
+    apply: The target model.
+    drafter: Proposes tokens.
+    verifier: Decides; `GREEDY` only where all rows are greedy.
+    schedule: Draft lengths. Several lengths are chosen among adaptively.
+    stop_tokens: Tokens that end a row; the token itself is kept.
+  """
+
+  apply: ApplyFn
+  drafter: Any = drafters.Nothing()
+  verifier: Verifier = GREEDY
+  schedule: schedule_lib.Schedule = schedule_lib.Schedule(lengths=(0,))
+  stop_tokens: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    drafts = not isinstance(self.drafter, drafters.Nothing)
+    if drafts and self.schedule.longest < 1:
+      raise ValueError(
+          f'draft length must be >= 1 with a drafter ({self.drafter.name}).'
+      )
+
+  @property
+  def slack(self) -> int:
+    """Slots beyond the longest text that a round may write."""
+    return self.schedule.longest + 1
+
+
+class Counters(NamedTuple):
+  """What happened in each row, counted up to its end token or budget."""
+
+  runs: jax.Array  # [B] int32, passes of the target
+  drafted: jax.Array  # [B] int32, draft tokens that were put to the target
+  accepted: jax.Array  # [B] int32, those that it kept
+  tested_at: jax.Array  # [B, G] int32, runs that reached this draft position
+  accepted_at: jax.Array  # [B, G] int32, and kept its token
+  chosen: jax.Array  # [len(lengths)] int32, rounds of each draft length
+
+
+class State(NamedTuple):
+  """Everything a generation carries from round to round."""
+
+  tokens: jax.Array  # [B, N] int32, prompt, text, then anything
+  length: jax.Array  # [B] int32, committed tokens
+  limit: jax.Array  # [B] int32, `length` never passes it
+  done: jax.Array  # [B] bool
+  keys: jax.Array  # [B] typed keys
+  sampling: Sampling
+  cache: Cache
+  draft: Any  # the drafter's own
+  forecast: Forecast
+  estimate: schedule_lib.Estimate
+  counters: Counters
+  accepted_draft: jax.Array  # [B, N] bool, token came from an accepted draft
+  run: jax.Array  # [B, N] int32, which pass of the row committed the token
+  refused: jax.Array  # [B, N] int32, draft token refused here, or -1
+
+
+@functools.partial(jax.jit, static_argnames=('decoder',), donate_argnums=(6,))
+def start(
+    decoder: Decoder,
+    weights: Weights,
+    tokens: jax.Array,  # [B, N] int32, right-padded prompts
+    length: jax.Array,  # [B] int32, prompt lengths, at least 1
+    limit: jax.Array,  # [B] int32, prompt length + budget
+    sampling_and_keys: tuple[Sampling, jax.Array],
+    cache: Cache,  # empty
+) -> State:
+  """Runs target and drafter over the prompts.
+
+  `N` must be at least `limit.max() + decoder.slack`, and the cache must have
+  that many slots and `prefill.slots_for(length.max())`.
+  """
+  sampling, keys = sampling_and_keys
+  batch, longest = tokens.shape[0], decoder.schedule.longest
+  cache = prefill(decoder.apply, weights.target, tokens, length, cache)
+  context = Context(tokens, length, keys, sampling)
+  draft = decoder.drafter.init(weights, context, longest)
+  draft, forecast = decoder.drafter.observe(draft, context, longest)
+  zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
+  counters = Counters(
+      zeros(batch),
+      zeros(batch),
+      zeros(batch),
+      zeros(batch, longest),
+      zeros(batch, longest),
+      zeros(len(decoder.schedule.lengths)),
+  )
+  return State(
+      tokens=tokens,
+      length=length,
+      limit=limit,
+      done=length >= limit,
+      keys=keys,
+      sampling=sampling,
+      cache=cache,
+      draft=draft,
+      forecast=forecast,
+      estimate=schedule_lib.init(batch, decoder.drafter.num_kinds),
+      counters=counters,
+      accepted_draft=jnp.zeros(tokens.shape, bool),
+      run=jnp.zeros(tokens.shape, jnp.int32),
+      refused=jnp.full(tokens.shape, -1, jnp.int32),
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('decoder',), donate_argnums=(2,))
+def run(
+    decoder: Decoder,
+    weights: Weights,
+    state: State,
+    max_rounds: jax.Array,  # [] int32
+    costs: jax.Array,  # [len(lengths)] seconds of a round of each draft length
+    forced: jax.Array,  # [] int32, index of a length to use always, or -1
+) -> State:
+  """Decodes until every row is done, or for `max_rounds` rounds.
+
+  A stopped generation goes on from the returned state, which is how text is
+  streamed: the rounds are the same whether or not they are interrupted.
+  """
+  lengths = decoder.schedule.lengths
+
+  def live(carry):
+    state, rounds = carry
+    return jnp.any(~state.done) & (rounds < max_rounds)
+
+  def choice(state):
+    chosen = schedule_lib.choose(
+        decoder.schedule,
+        state.estimate,
+        state.forecast.kind,
+        state.forecast.count,
+        ~state.done,
+        costs,
+    )
+    return jnp.where(forced >= 0, forced, chosen)
+
+  def rounds_of(index, carry):
+    """Rounds of one draft length, for as long as it is the choice."""
+
+    def body(carry):
+      state, rounds = carry
+      return _round(decoder, weights, state, index), rounds + 1
+
+    if len(lengths) == 1:
+      return lax.while_loop(live, body, carry)
+    chosen = lambda carry: live(carry) & (choice(carry[0]) == index)
+    return lax.while_loop(chosen, body, carry)
+
+  # A `lax.switch` over the lengths would copy the cache into every branch;
+  # loops entered one after another update it in place.
+  def any_length(carry):
+    for index in range(len(lengths)):
+      carry = rounds_of(index, carry)
+    return carry
+
+  carry = (state, jnp.int32(0))
+  if len(lengths) > 1:
+    carry = lax.while_loop(live, any_length, carry)
+  else:
+    carry = rounds_of(0, carry)
+  return carry[0]
+
+
+def _round(
+    decoder: Decoder, weights: Weights, state: State, index: int
+) -> State:
+  """Draft, score, verify, commit."""
+  drafted = decoder.schedule.lengths[index]
+  context = Context(state.tokens, state.length, state.keys, state.sampling)
+  proposal, draft, cache = _propose(decoder, weights, state, context, drafted)
+
+  anchor = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
+  fed = jnp.concatenate([anchor, proposal.tokens], axis=1)
+  output, cache = decoder.apply(weights.target, fed, cache)
+  seen = None
+  if state.sampling.repetition_penalty is not None:
+    seen = _seen(state, proposal.tokens, output.logits.shape[-1])
+  logits = sampling_lib.processed_logits(output.logits, state.sampling, seen)
+  verdict = decoder.verifier.verify(state.keys, state.length, logits, proposal)
+
+  state = state._replace(draft=draft, cache=cache)
+  state = _commit(decoder, state, proposal, verdict, index)
+  context = context._replace(tokens=state.tokens, length=state.length)
+  draft, forecast = decoder.drafter.observe(
+      state.draft, context, decoder.schedule.longest
+  )
+  return state._replace(draft=draft, forecast=forecast)
+
+
+def _propose(decoder, weights, state, context, drafted: int):
+  if drafted == 0:
+    batch = state.length.shape[0]
+    nothing = jnp.zeros((batch, 0), jnp.int32)
+    count = jnp.zeros((batch,), jnp.int32)
+    return Proposal(nothing, count, None), state.draft, state.cache
+  return decoder.drafter.propose(
+      weights,
+      state.draft,
+      state.cache,
+      context,
+      drafted,
+      decoder.verifier.draft_purpose,
+  )
+
+
+def _seen(state: State, draft: jax.Array, vocab_size: int) -> jax.Array:
+  """Tokens before each scored position, drafts included: [B, G + 1, V]."""
+  base = sampling_lib.seen_tokens(state.tokens, state.length, vocab_size)
+  one_hot = jax.nn.one_hot(draft, vocab_size, dtype=jnp.int32)
+  earlier = jnp.cumsum(one_hot, axis=1) > 0
+  earlier = jnp.pad(earlier, ((0, 0), (1, 0), (0, 0)))
+  return base[:, None] | earlier
+
+
+def _commit(
+    decoder: Decoder,
+    state: State,
+    proposal: Proposal,
+    verdict: Verdict,
+    index: int,
+) -> State:
+  """Appends what stands, cut at the first stop token and at the budget."""
+  width = proposal.tokens.shape[1] + 1
+  slot = jnp.arange(width)
+  n = verdict.num_accepted[:, None]
+  padded = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
+  block = jnp.where(slot < n, padded, verdict.next_token[:, None])  # [B, G + 1]
+
+  stop = jnp.zeros(block.shape, bool)
+  for token in decoder.stop_tokens:
+    stop |= block == token
+  stop &= slot <= n
+  stops = stop.any(axis=1)
+  count = jnp.where(stops, jnp.argmax(stop, axis=1) + 1, n[:, 0] + 1)
+  count = jnp.minimum(count, state.limit - state.length)
+  count = jnp.where(state.done, 0, count)
+  ended = stop & (slot < count[:, None])
+  length = state.length + count
+
+  kept = slot < count[:, None]
+  meant = jnp.arange(width - 1) < proposal.count[:, None]
+  # Where the block is cut short, later drafts were neither kept nor refused.
+  reached = (slot[:-1] <= n) & kept[:, :-1] & meant
+  accepted = (slot[:-1] < n) & kept[:, :-1] & meant
+  cut = count <= verdict.num_accepted
+  drafted = jnp.where(cut, accepted.sum(1), proposal.count)
+  drafted = jnp.where(state.done, 0, drafted)
+  refused = jnp.where(
+      (slot == n) & (slot < proposal.count[:, None]) & kept, padded, -1
+  )
+
+  counters = state.counters
+  counters = counters._replace(
+      runs=counters.runs + ~state.done,
+      drafted=counters.drafted + drafted,
+      accepted=counters.accepted + accepted.sum(1),
+      tested_at=counters.tested_at.at[:, : width - 1].add(reached),
+      accepted_at=counters.accepted_at.at[:, : width - 1].add(accepted),
+      chosen=counters.chosen.at[index].add(1),
+  )
+  run_index = jnp.broadcast_to(counters.runs[:, None], block.shape)
+  return state._replace(
+      tokens=_write(state.tokens, block, state.length),
+      accepted_draft=_write(state.accepted_draft, slot < n, state.length),
+      run=_write(state.run, run_index, state.length),
+      refused=_write(state.refused, refused, state.length),
+      length=length,
+      done=state.done | ended.any(axis=1) | (length >= state.limit),
+      cache=state.cache._replace(length=length - 1),
+      estimate=schedule_lib.observe(
+          decoder.schedule,
+          state.estimate,
+          state.forecast.kind,
+          accepted.sum(1),
+          reached.sum(1),
+      ),
+      counters=counters,
+  )
+
+
+def _write(buffer: jax.Array, block: jax.Array, at: jax.Array) -> jax.Array:
+  """Row b of `block` into row b of `buffer` from slot `at[b]` on."""
+  one = lambda row, new, s: lax.dynamic_update_slice(row, new, (s,))
+  return jax.vmap(one)(buffer, block.astype(buffer.dtype), at)

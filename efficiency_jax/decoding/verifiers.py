@@ -1,0 +1,180 @@
+"""Rules that decide how much of a draft the target keeps.
+
+Each gets the target's processed logits at the drafted positions and one more,
+and says how many draft tokens stand and which token follows them. All emit at
+least one token, and each keeps a stated promise:
+
+* `GREEDY`: the text is the arg max text of the target.
+* `TOKEN`: the text has exactly the target's distribution (Leviathan et al.,
+  arXiv 2211.17192, algorithm 1).
+* `BLOCK`: the same, and no valid rule that sees only the block accepts more
+  (Sun et al., arXiv 2403.10444, algorithm 2).
+* `COUPLED`: the text is the one that plain sampling with the same seed gives,
+  whatever the drafter and the draft length (arXiv 2408.07978).
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from efficiency_jax.decoding import sampling
+from efficiency_jax.decoding.sampling import Purpose
+
+
+class Proposal(NamedTuple):
+  """A draft: G tokens a row, of which the first `count[b]` are meant."""
+
+  tokens: jax.Array  # [B, G] int32
+  count: jax.Array  # [B] int32 in [0, G]
+  # Processed logits of q, the distribution that each token was sampled from;
+  # None where the draft is deterministic, a point mass.
+  logits: jax.Array | None  # [B, G, V] float32
+
+
+class Verdict(NamedTuple):
+  """What the target said about one draft."""
+
+  num_accepted: jax.Array  # [B] int32 in [0, count]
+  next_token: jax.Array  # [B] int32: the correction, or the bonus token
+
+
+@dataclasses.dataclass(frozen=True)
+class Verifier:
+  """A rule, what it guarantees, and the noise that its drafter must use.
+
+  `verify(keys, position, logits, proposal)` takes typed row keys [B], the
+  position [B] of the first drafted token, the target's processed logits
+  [B, G + 1, V] and the proposal.
+  """
+
+  name: str
+  guarantee: str  # 'greedy', 'distribution' or 'seed'
+  draft_purpose: Purpose
+  verify: Callable[[jax.Array, jax.Array, jax.Array, Proposal], Verdict]
+
+
+def _greedy(keys, position, logits, proposal: Proposal) -> Verdict:
+  del keys, position
+  return _follow(jnp.argmax(logits, axis=-1).astype(jnp.int32), proposal)
+
+
+def _coupled(keys, position, logits, proposal: Proposal) -> Verdict:
+  positions = position[:, None] + jnp.arange(logits.shape[1])
+  keys = sampling.position_keys(keys, positions, Purpose.SAMPLE)
+  return _follow(sampling.draw(keys, logits), proposal)
+
+
+def _token(keys, position, logits, proposal: Proposal) -> Verdict:
+  p, q, meant = _distributions(logits, proposal)
+  uniform = _uniforms(keys, position, meant.shape[1])
+  p_token, q_token = (_at(x[:, :-1], proposal.tokens) for x in (p, q))
+  # u q < p and not u < p / q: nothing to divide by where q is zero.
+  accepted = (uniform * q_token < p_token) & meant
+  num_accepted = jnp.cumprod(accepted, axis=-1).sum(axis=-1)
+  residual = jnp.maximum(_row(p, num_accepted) - _row(q, num_accepted), 0.0)
+  fallback = _row(p, num_accepted)
+  return _correct(keys, position, num_accepted, residual, fallback)
+
+
+def _block(keys, position, logits, proposal: Proposal) -> Verdict:
+  p, q, meant = _distributions(logits, proposal)
+  drafted = meant.shape[1]
+  uniform = _uniforms(keys, position, drafted)
+  p_token, q_token = (_at(x[:, :-1], proposal.tokens) for x in (p, q))
+  ratio = p_token / jnp.where(q_token > 0, q_token, 1.0)
+
+  # The paper's p_i, the weight of the prefix of i tokens: [B, G + 1].
+  weights = [jnp.ones(position.shape, jnp.float32)]
+  for i in range(drafted):
+    weights.append(jnp.minimum(weights[-1] * ratio[:, i], 1.0))
+  weight = jnp.stack(weights, axis=1)
+  residuals = jnp.maximum(weight[..., None] * p - q, 0.0)  # [B, G + 1, V]
+
+  # h_i = S_i / (S_i + 1 - p_i) with S_i the residual mass after i tokens; the
+  # last token meant has h = p. u (S + 1 - p) < S needs no division.
+  mass = residuals.sum(-1)[:, 1:]
+  inner = uniform * (mass + 1.0 - weight[:, 1:]) < mass
+  is_last = jnp.arange(1, drafted + 1) == proposal.count[:, None]
+  kept = jnp.where(is_last, uniform < weight[:, 1:], inner) & meant
+  # The longest prefix whose test passed, whatever the tests before it said.
+  num_accepted = jnp.max(
+      jnp.where(kept, jnp.arange(1, drafted + 1), 0), axis=-1, initial=0
+  )
+  # After the whole draft the next token is drawn from p itself, unweighted.
+  complete = (num_accepted == proposal.count)[:, None]
+  fallback = _row(p, num_accepted)
+  residual = jnp.where(complete, fallback, _row(residuals, num_accepted))
+  return _correct(keys, position, num_accepted, residual, fallback)
+
+
+GREEDY = Verifier('greedy', 'greedy', Purpose.SAMPLE, _greedy)
+TOKEN = Verifier('token', 'distribution', Purpose.DRAFT, _token)
+BLOCK = Verifier('block', 'distribution', Purpose.DRAFT, _block)
+COUPLED = Verifier('coupled', 'seed', Purpose.SAMPLE, _coupled)
+VERIFIERS = {v.name: v for v in (GREEDY, TOKEN, BLOCK, COUPLED)}
+
+
+def named(name: str) -> Verifier:
+  """The verifier called `name`; a ValueError lists the names there are."""
+  if name not in VERIFIERS:
+    raise ValueError(
+        f'verifier {name!r} is unknown; there are {", ".join(VERIFIERS)}.'
+    )
+  return VERIFIERS[name]
+
+
+def _follow(choice: jax.Array, proposal: Proposal) -> Verdict:
+  """Accepts while the draft equals the target's own choice [B, G + 1]."""
+  meant = jnp.arange(proposal.tokens.shape[1]) < proposal.count[:, None]
+  same = (proposal.tokens == choice[:, :-1]) & meant
+  num_accepted = jnp.cumprod(same, axis=-1).sum(axis=-1)
+  return Verdict(num_accepted, _at(choice, num_accepted[:, None])[:, 0])
+
+
+def _distributions(logits, proposal: Proposal):
+  """p and q, both [B, G + 1, V], and which drafts are meant [B, G].
+
+  q is zero beyond the draft, where the residual max(p - q, 0) then is p.
+  """
+  p = jax.nn.softmax(logits, axis=-1)
+  meant = jnp.arange(proposal.tokens.shape[1]) < proposal.count[:, None]
+  if proposal.logits is None:
+    q = jax.nn.one_hot(proposal.tokens, logits.shape[-1], dtype=p.dtype)
+  else:
+    q = jax.nn.softmax(proposal.logits, axis=-1)
+  q = jnp.where(meant[..., None], q, 0.0)
+  return p, jnp.pad(q, ((0, 0), (0, 1), (0, 0))), meant
+
+
+def _uniforms(keys, position, drafted: int) -> jax.Array:
+  """One uniform in [0, 1) for the accept test of each position: [B, G]."""
+  positions = position[:, None] + jnp.arange(drafted)
+  keys = sampling.position_keys(keys, positions, Purpose.ACCEPT)
+  return jax.vmap(jax.vmap(jax.random.uniform))(keys)
+
+
+def _correct(keys, position, num_accepted, residual, fallback) -> Verdict:
+  """Draws the token after the accepted ones from norm(residual) [B, V]."""
+  # A residual of zero means p == q up to rounding: p is then right as well.
+  empty = residual.sum(-1, keepdims=True) <= 0
+  weights = jnp.where(empty, fallback, residual)
+  positions = (position + num_accepted)[:, None]
+  keys = sampling.position_keys(keys, positions, Purpose.CORRECT)
+  token = sampling.draw(keys, jnp.log(weights)[:, None])[:, 0]
+  return Verdict(num_accepted, token)
+
+
+def _at(values: jax.Array, index: jax.Array) -> jax.Array:
+  """Picks along the last axis: [B, G, V], [B, G] -> [B, G] and likewise 2-D."""
+  expand = values.ndim > index.ndim
+  index = index[..., None] if expand else index
+  picked = jnp.take_along_axis(values, index, axis=-1)
+  return picked[..., 0] if expand else picked
+
+
+def _row(values: jax.Array, index: jax.Array) -> jax.Array:
+  """Row `index` of every batch element: [B, G, V], [B] -> [B, V]."""
+  return jnp.take_along_axis(values, index[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,51 @@
+"""The one matrix product of every model, and the only reader of weight leaves.
+
+Weight techniques put typed leaves where an array was; a model calls `linear`
+and `logits_from_table` and never looks inside.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def linear(
+    x: jax.Array,  # [..., I]
+    kernel: jax.Array,  # [I, O]
+    bias: jax.Array | None = None,  # [O]
+) -> jax.Array:
+  """Returns `x @ kernel + bias`, accumulated in float32, in the dtype of `x`."""
+  y = _dot(x, kernel, contract=0)
+  if bias is not None:
+    y = y + bias.astype(jnp.float32)
+  return y.astype(x.dtype)
+
+
+def logits_from_table(
+    x: jax.Array,  # [..., D]
+    table: jax.Array,  # [V, D]
+) -> jax.Array:
+  """Scores every row of an embedding table: `x @ table.T`, [..., V] float32."""
+  return _dot(x, table, contract=1)
+
+
+def embed(tokens: jax.Array, table: jax.Array) -> jax.Array:
+  """Rows of `table` [V, D] for `tokens` [...]: [..., D]."""
+  return jnp.take(table, tokens, axis=0, mode='clip')
+
+
+def _dot(x: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
+  """Contracts the last axis of `x` with axis `contract` of a matrix."""
+  rows = x.reshape(-1, x.shape[-1])
+  # XLA turns a one-row product of narrow operands into a matrix-vector product
+  # that first converts the whole weight to float32: two rows avoid it.
+  pad = rows.shape[0] == 1 and x.dtype != jnp.float32
+  if pad:
+    rows = jnp.concatenate([rows, rows])
+  y = lax.dot_general(
+      rows,
+      weight,
+      (((1,), (contract,)), ((), ())),
+      preferred_element_type=jnp.float32,
+  )
+  return (y[:1] if pad else y).reshape(*x.shape[:-1], -1)

@@ -1,0 +1,1 @@
+"""Models as pure functions: one configurable decoder, its attention and cache."""

@@ -1,0 +1,238 @@
+"""A decoder language model in Flax Linen: one module for every family.
+
+Llama, SmolLM2, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3 and Phi-3 differ only in
+`DecoderConfig`. Modules declare parameters and nothing else; the cache is an
+argument and a result.
+
+The query, key and value projections are one kernel with columns [q | k | v],
+gate and up are one kernel with columns [gate | up]: at batch 1 decoding reads
+every weight once a token, and fewer, larger products read faster. Layers are
+unrolled with a parameter each, because a scan would copy every layer's slice
+out of the stack at every token.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from efficiency_jax.linear import embed, linear, logits_from_table
+from efficiency_jax.models import attention, cache as kv_cache, rope
+from efficiency_jax.models.config import DecoderConfig
+from efficiency_jax.types import ApplyFn, Cache, ModelOutput, Params
+
+
+class Linear(nn.Module):
+  """A kernel [I, O], optionally a bias, applied by `linear`."""
+
+  features: int
+  use_bias: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    init = nn.initializers.normal(0.02)
+    kernel = _leaf(self, 'kernel', init, (x.shape[-1], self.features))
+    bias = None
+    if self.use_bias:
+      bias = _leaf(self, 'bias', nn.initializers.zeros, (self.features,))
+    return linear(x, kernel, bias)
+
+
+class RMSNorm(nn.Module):
+  """x / sqrt(mean(x^2) + epsilon) * scale (arXiv 1910.07467), in float32."""
+
+  epsilon: float
+  plus_one: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    ones = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+    scale = _leaf(self, 'scale', ones, (x.shape[-1],)).astype(jnp.float32)
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+    x32 = x32 * jax.lax.rsqrt(mean_square + self.epsilon)
+    return (x32 * (1.0 + scale if self.plus_one else scale)).astype(x.dtype)
+
+
+class Attention(nn.Module):
+  """Grouped-query attention with rotary positions, over itself or a cache."""
+
+  config: DecoderConfig
+  layer: int
+
+  @nn.compact
+  def __call__(self, x, turn, positions, slots):
+    c = self.config
+    batch, time, _ = x.shape
+    split = (c.num_heads, c.num_heads + c.num_kv_heads)
+    width = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    qkv = Linear(width, c.qkv_bias, name='qkv')(x)
+    qkv = qkv.reshape(batch, time, -1, c.head_dim)
+    queries, keys, values = jnp.split(qkv, split, axis=2)
+    if c.qk_norm:
+      queries = _norm(c, 'query_norm')(queries)
+      keys = _norm(c, 'key_norm')(keys)
+    scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
+    queries = rope.rotate(queries, turn) * jnp.asarray(scale, x.dtype)
+    keys = rope.rotate(keys, turn)
+    masks = dict(window=c.window(self.layer), softcap=c.attention_softcap)
+    if slots is None:
+      out = attention.full_attention(queries, keys, values, **masks)
+    else:
+      start = positions[:, 0]
+      slots = tuple(
+          kv_cache.write(buffer, new.transpose(0, 2, 1, 3), start)
+          for buffer, new in zip(slots, (keys, values), strict=True)
+      )
+      out = attention.cached_attention(queries, *slots, positions, **masks)
+    out = out.reshape(batch, time, c.num_heads * c.head_dim)
+    return Linear(c.width, c.output_bias, name='output')(out), slots
+
+
+class FeedForward(nn.Module):
+  """down(activation(gate(x)) * up(x)), the gated unit of arXiv 2002.05202."""
+
+  config: DecoderConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    c = self.config
+    gate_up = Linear(2 * c.ffn_width, c.mlp_bias, name='gate_up')(x)
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    gelu = c.activation == 'gelu_tanh'
+    gate = jax.nn.gelu(gate, approximate=True) if gelu else jax.nn.silu(gate)
+    return Linear(c.width, c.mlp_bias, name='down')(gate * up)
+
+
+class Block(nn.Module):
+  """One decoder layer: attention, then feed-forward, each added to x."""
+
+  config: DecoderConfig
+  layer: int
+
+  @nn.compact
+  def __call__(self, x, turn, positions, slots):
+    c = self.config
+    after, slots = Attention(c, self.layer, name='attention')(
+        _norm(c, 'attention_norm')(x), turn, positions, slots
+    )
+    if c.post_norms:
+      after = _norm(c, 'attention_post_norm')(after)
+    x = x + after
+    after = FeedForward(c, name='ffn')(_norm(c, 'ffn_norm')(x))
+    if c.post_norms:
+      after = _norm(c, 'ffn_post_norm')(after)
+    return x + after, slots
+
+
+class Embedding(nn.Module):
+  """A table [V, D]: looked up on the way in, scored on the way out."""
+
+  vocab_size: int
+  width: int
+
+  def setup(self):
+    shape = (self.vocab_size, self.width)
+    self.table = _leaf(self, 'table', nn.initializers.normal(0.02), shape)
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    return embed(tokens, self.table)
+
+  def logits(self, x: jax.Array) -> jax.Array:
+    return logits_from_table(x, self.table)
+
+
+class DecoderLM(nn.Module):
+  """Tokens [B, T] in, `ModelOutput` and the grown cache out."""
+
+  config: DecoderConfig
+
+  @nn.compact
+  def __call__(
+      self, tokens: jax.Array, cache: Cache | None = None
+  ) -> tuple[ModelOutput, Cache | None]:
+    c = self.config
+    batch, time = tokens.shape
+    start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
+    positions = start[:, None] + jnp.arange(time, dtype=jnp.int32)
+    turn, local_turn = _turns(c, positions)
+
+    embedding = Embedding(c.vocab_size, c.width, name='embedding')
+    x = embedding(tokens)
+    if c.scale_embeddings:
+      x = x * jnp.asarray(c.width**0.5, x.dtype)
+    keys, values = [], []
+    for layer in range(c.num_layers):
+      is_local = c.window(layer) is not None
+      x, slots = Block(c, layer, name=f'layers_{layer}')(
+          x,
+          local_turn if is_local else turn,
+          positions,
+          None if cache is None else (cache.keys[layer], cache.values[layer]),
+      )
+      if slots is not None:
+        keys.append(slots[0])
+        values.append(slots[1])
+    x = _norm(c, 'final_norm')(x)
+
+    head = embedding
+    if not c.tie_embeddings:
+      head = Embedding(c.vocab_size, c.width, name='head')
+    logits = head.logits(x)
+    if c.final_softcap is not None:
+      logits = c.final_softcap * jnp.tanh(logits / c.final_softcap)
+    if cache is not None:
+      # A drafter may run the first layers only: the others' slots stay.
+      cache = Cache(
+          tuple(keys) + cache.keys[c.num_layers :],
+          tuple(values) + cache.values[c.num_layers :],
+          start + time,
+      )
+    return ModelOutput(logits, x), cache
+
+
+@functools.cache
+def apply_fn(config: DecoderConfig) -> ApplyFn:
+  """The model as a pure function of parameters, tokens and cache.
+
+  Equal configs give the same function object, so that it can be a static
+  argument of `jax.jit` without compiling again.
+  """
+  model = DecoderLM(config)
+
+  def apply(params, tokens, cache=None):
+    return model.apply({'params': params}, tokens, cache)
+
+  return apply
+
+
+def init(config: DecoderConfig, key: jax.Array) -> Params:
+  """Random float32 parameters: normal(0, 0.02) kernels, unit norms."""
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  return jax.jit(DecoderLM(config).init)(key, tokens)['params']
+
+
+def _turns(c: DecoderConfig, positions: jax.Array):
+  """Rotations of the global and of the sliding-window layers."""
+  inverse = rope.frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+  turn = rope.rotation(positions, inverse)
+  if c.local_rope_theta is None:
+    return turn, turn
+  local = rope.frequencies(c.head_dim, c.local_rope_theta)
+  return turn, rope.rotation(positions, local)
+
+
+def _norm(c: DecoderConfig, name: str) -> RMSNorm:
+  return RMSNorm(c.norm_epsilon, c.norm_plus_one, name=name)
+
+
+def _leaf(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> Any:
+  """A parameter that a weight technique may have replaced by a typed leaf.
+
+  `Module.param` insists on the declared shape, which a packed leaf has not.
+  """
+  if module.is_initializing():
+    return module.param(name, init, shape)
+  return module.get_variable('params', name)

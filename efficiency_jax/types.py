@@ -1,0 +1,54 @@
+"""The shapes of things that every technique is written against.
+
+A technique never sees a model class. It sees parameters (a nested dict of
+arrays or typed leaves), a key-value cache (a value: taken as an argument and
+given back as a result) and an `ApplyFn` that maps tokens to logits.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Params = Mapping[str, Any]
+"""Nested dicts whose paths are module names, leaves are arrays."""
+
+
+class Cache(NamedTuple):
+  """Keys and values of every position a model has already seen.
+
+  Row b holds positions `0 .. length[b] - 1`. Slots at and beyond `length[b]`
+  may hold anything: attention masks keys by absolute position, so rolling back
+  means nothing more than setting `length`. A call that feeds T tokens writes
+  slots `length .. length + T - 1`; `S` must leave room for them.
+  """
+
+  keys: tuple[jax.Array, ...]  # a layer each: [B, K, S, head_dim]
+  values: tuple[jax.Array, ...]  # a layer each: [B, K, S, head_dim]
+  length: jax.Array  # [B] int32, the write cursor of each row
+
+
+class ModelOutput(NamedTuple):
+  """What one forward pass gives."""
+
+  logits: jax.Array  # [B, T, V] float32
+  hidden: jax.Array  # [B, T, D] after the final norm, in the compute dtype
+
+
+class ApplyFn(Protocol):
+  """A language model as a function: parameters and tokens in, arrays out."""
+
+  def __call__(
+      self,
+      params: Params,
+      tokens: jax.Array,  # [B, T] int32
+      cache: Cache | None = None,
+  ) -> tuple[ModelOutput, Cache | None]:
+    """Scores `tokens` after the positions that `cache` holds.
+
+    Without a cache the tokens are whole sequences from position 0. With one,
+    row b's tokens are at positions `cache.length[b] + (0 .. T - 1)` and the
+    returned cache has `length + T`. Logits that nobody uses are never
+    computed under `jax.jit`.
+    """
+    ...
