@@ -1,0 +1,60 @@
+# One command a job. Everything is installed into a folder of this checkout.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+RUN := $(VENV)/bin/python
+RUN_PEERS := .venv-peers/bin/python
+CODE := setup.py efficiency_jax pallas_kernels experiments configs tests
+
+.PHONY: test short test-slow test-model test-peers demo lint format clean
+
+test: $(VENV)/.installed  ## The tests that need neither weights nor network.
+	$(RUN) -m pytest -q
+
+short: $(VENV)/.installed  ## The suite of the second python.
+	$(RUN) -m pytest -q -m 'short and not (model or network or peers or slow)'
+
+test-slow: $(VENV)/.installed
+	$(RUN) -m pytest -q -m 'slow and not (model or network or peers)'
+
+test-model: $(VENV)/.installed  ## The tests on the released model.
+	$(RUN) -m pytest -q -m 'model and not peers'
+
+test-peers: .venv-peers/.installed  ## Our numbers beside those of other tools.
+	$(RUN_PEERS) -m pytest -q -m peers
+
+demo: $(VENV)/.installed  ## Fetches the model, then decodes it both ways.
+	$(RUN) -m experiments.decode --config=configs/decode_smollm2.py:demo \
+	  --workdir=runs/demo
+
+lint: $(VENV)/.installed-dev
+	$(RUN) -m ruff check $(wildcard $(CODE))
+	$(RUN) -m ruff format --check $(wildcard $(CODE))
+
+format: $(VENV)/.installed-dev
+	$(RUN) -m ruff check --fix $(wildcard $(CODE))
+	$(RUN) -m ruff format $(wildcard $(CODE))
+
+clean:  ## Forgets what was installed and cached here; keeps runs/.
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache \
+	  .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp a folder: installing again happens only when the metadata changed.
+$(VENV)/.installed: setup.py pyproject.toml constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -e '.[test]' -c $(CONSTRAINTS)
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(RUN) -m pip install -q -e '.[dev]' -c $(CONSTRAINTS)
+	touch $@
+
+# torch comes first and by its pinned version: the CPU build is enough, and
+# some indexes serve it under that version alone.
+.venv-peers/.installed: setup.py pyproject.toml constraints.txt
+	test -x $(RUN_PEERS) || $(PYTHON) -m venv .venv-peers
+	$(RUN_PEERS) -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	$(RUN_PEERS) -m pip install -q -e '.[test,peers]' -c constraints.txt
+	touch $@

@@ -1,0 +1,206 @@
+"""Seconds and bytes, measured so that they can be compared.
+
+JAX returns before the work is done and compiles at the first call, so a stop
+watch around a call measures neither. Every function here waits for the results
+(`jax.block_until_ready`) and keeps compilation apart.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+  """What repeated calls of one function cost.
+
+  Attributes:
+    times: Seconds of each timed call, in the order they were made.
+    compile_seconds: What the very first call cost beyond the median of the
+      timed ones: tracing, compiling, or loading a compiled program. About 0
+      for a function that had been called before.
+  """
+
+  times: tuple[float, ...]
+  compile_seconds: float
+
+  @property
+  def median_seconds(self) -> float:
+    """The middle of the times: the one number to report."""
+    return float(np.median(self.times))
+
+  @property
+  def minimum_seconds(self) -> float:
+    """The fastest call: the least disturbed one."""
+    return min(self.times)
+
+  @property
+  def spread_seconds(self) -> float:
+    """The interquartile range: half of the calls lie in a band this wide."""
+    low, high = np.percentile(self.times, (25, 75))
+    return float(high - low)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompiledBytes:
+  """Memory that the compiler planned for one program, in bytes.
+
+  Attributes:
+    argument: Inputs.
+    output: Results, those that reuse an input's memory included.
+    temporary: Everything in between, at its peak.
+    aliased: The part of `output` that reuses the memory of donated inputs.
+  """
+
+  argument: int
+  output: int
+  temporary: int
+  aliased: int
+
+
+def measure(
+  fn: Callable[..., Any], *args: Any, repeats: int = 5, warmup: int = 1
+) -> Timing:
+  """Times `fn(*args)`, waiting for its results and leaving compilation out.
+
+  Args:
+    fn: What to time, jitted or not. It must not donate `args`, since it is
+      called again with the same ones.
+    *args: Its arguments.
+    repeats: Timed calls, at least 1.
+    warmup: Calls before the timed ones, at least 1: the first one compiles.
+
+  Returns:
+    The times of the `repeats` calls, and the compile time apart.
+  """
+  name = 'measured'
+  timings = compare({name: lambda: fn(*args)}, repeats=repeats, warmup=warmup)
+  return timings[name]
+
+
+def compare(
+  candidates: Mapping[str, Callable[[], Any]],
+  *,
+  repeats: int = 5,
+  warmup: int = 1,
+) -> dict[str, Timing]:
+  """Times several functions in turn, so that a drift touches all of them.
+
+  Each round calls every candidate once, and every other round goes through
+  them backwards: a machine that slows down, or a cache that one candidate
+  leaves warm for the next, favours none of them.
+
+  Args:
+    candidates: Functions without arguments, by name.
+    repeats: Rounds, at least 1: an even number balances the order.
+    warmup: Calls of each candidate before the first round, at least 1.
+
+  Returns:
+    A `Timing` for each name.
+  """
+  for argument, value in (('repeats', repeats), ('warmup', warmup)):
+    if value < 1:
+      raise ValueError(f'{argument} must be at least 1, got {value}.')
+  if not candidates:
+    raise ValueError('candidates must name at least one function, got none.')
+
+  first = {}
+  for name, fn in candidates.items():
+    first[name] = _seconds(fn)
+    for _ in range(warmup - 1):
+      _seconds(fn)
+
+  times = {name: [] for name in candidates}
+  order = list(candidates)
+  for _ in range(repeats):
+    for name in order:
+      times[name].append(_seconds(candidates[name]))
+    order.reverse()
+
+  return {
+    name: Timing(
+      times=tuple(times[name]),
+      compile_seconds=max(0.0, first[name] - float(np.median(times[name]))),
+    )
+    for name in candidates
+  }
+
+
+def peak_bytes() -> int:
+  """The most memory that this process has held so far, in bytes.
+
+  On an accelerator it is the fullest local device's peak. Where a backend
+  keeps no count (the CPU), it is the peak resident memory of the process,
+  Python and compiler included. A peak never falls: to compare two cases,
+  measure each in a process of its own.
+  """
+  statistics = [device.memory_stats() or {} for device in jax.local_devices()]
+  peaks = [stats.get('peak_bytes_in_use') for stats in statistics]
+  if all(peak is not None for peak in peaks):
+    return max(peaks)
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  # Linux counts kilobytes, macOS bytes.
+  return peak if sys.platform == 'darwin' else peak * 1024
+
+
+def compiled_bytes(fn: Callable[..., Any], *args: Any) -> CompiledBytes:
+  """The memory plan of `fn` compiled for `args`; nothing is run.
+
+  Args:
+    fn: A function of arrays, jitted or not. Jit it to keep its static and
+      donated arguments.
+    *args: Arrays, or `jax.ShapeDtypeStruct`s in their place.
+
+  Raises:
+    NotImplementedError: The backend does not tell.
+  """
+  lower = fn.lower if hasattr(fn, 'lower') else jax.jit(fn).lower
+  plan = lower(*args).compile().memory_analysis()
+  if plan is None:
+    raise NotImplementedError(
+      f'the {jax.default_backend()} backend has no memory analysis.'
+    )
+  return CompiledBytes(
+    argument=plan.argument_size_in_bytes,
+    output=plan.output_size_in_bytes,
+    temporary=plan.temp_size_in_bytes,
+    aliased=plan.alias_size_in_bytes,
+  )
+
+
+def read_bandwidth(size: int = 512 * 2**20, *, repeats: int = 8) -> float:
+  """Bytes a second that a compiled program can read from memory here.
+
+  Decoding one token reads every weight once, so bandwidth / bytes of weights
+  bounds the tokens per second of plain decoding from above. It is measured as
+  the best of `repeats` sums over the rows of an array too large for caches,
+  on the default device with the threads that XLA uses for any program.
+
+  Args:
+    size: Bytes of the array, at least 4 MiB. Choose it several times larger
+      than the last-level cache.
+    repeats: Timed passes, at least 1; the fastest counts.
+  """
+  rows = 4096  # enough to keep all threads busy; a row is a long plain read
+  columns = size // (4 * rows)
+  if columns < 256:
+    raise ValueError(f'size must be at least 4 MiB (4194304), got {size}.')
+  array = jax.block_until_ready(jnp.ones((rows, columns), jnp.float32))
+  timing = measure(
+    jax.jit(lambda x: x.sum(axis=1)), array, repeats=repeats, warmup=2
+  )
+  return array.nbytes / timing.minimum_seconds
+
+
+def _seconds(fn: Callable[[], Any]) -> float:
+  """Wall-clock seconds of one call, up to its results being there."""
+  start = time.perf_counter()
+  jax.block_until_ready(fn())
+  return time.perf_counter() - start

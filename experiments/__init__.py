@@ -1,0 +1,1 @@
+"""Experiments: flags to config, config to library calls, calls to results."""

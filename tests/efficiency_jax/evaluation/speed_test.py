@@ -1,0 +1,159 @@
+"""Tests what is counted and waited for, and never how fast anything is."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from efficiency_jax.evaluation import speed
+
+pytestmark = pytest.mark.short
+
+
+class _Pending:
+  """A result that is not there yet, as an array under asynchronous dispatch."""
+
+  def __init__(self):
+    self.waited = False
+
+  def block_until_ready(self):
+    self.waited = True
+    return self
+
+
+class _Clock:
+  """Stands for `time.perf_counter`: moves only when it is told to."""
+
+  def __init__(self):
+    self.now = 0.0
+
+  def __call__(self):
+    return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  clock = _Clock()
+  monkeypatch.setattr(speed.time, 'perf_counter', clock)
+  return clock
+
+
+def test_measure_keeps_the_first_call_out_of_the_times(clock):
+  seconds = iter([100.0, 7.0, 1.0, 4.0, 2.0, 3.0])
+
+  def work():
+    clock.now += next(seconds)
+
+  timing = speed.measure(work, repeats=4, warmup=2)
+  assert timing.times == (1.0, 4.0, 2.0, 3.0)
+  assert timing.median_seconds == 2.5
+  assert timing.minimum_seconds == 1.0
+  assert timing.spread_seconds == 1.5
+  assert timing.compile_seconds == 97.5
+
+
+def test_measure_compiles_once_and_outside_the_times():
+  traces = []
+
+  @jax.jit
+  def double(x):
+    traces.append(None)
+    return 2 * x
+
+  timing = speed.measure(double, jnp.ones(3), repeats=3)
+  assert len(traces) == 1
+  assert len(timing.times) == 3
+  assert timing.compile_seconds > timing.minimum_seconds
+
+
+def test_measure_waits_for_every_leaf_of_every_result():
+  results = []
+
+  def work():
+    results.append((_Pending(), {'deep': _Pending()}))
+    return results[-1]
+
+  speed.measure(work, repeats=2, warmup=2)
+  assert len(results) == 4
+  assert all(a.waited and b['deep'].waited for a, b in results)
+
+
+def test_measure_stops_the_clock_after_waiting(clock):
+  class Slow(_Pending):
+    def block_until_ready(self):
+      clock.now += 5.0
+      return self
+
+  assert speed.measure(Slow, repeats=1).times == (5.0,)
+
+
+def test_compare_alternates_the_candidates(clock):
+  calls = []
+
+  def candidate(name, seconds):
+    def work():
+      calls.append(name)
+      clock.now += seconds
+
+    return work
+
+  timings = speed.compare(
+    {'a': candidate('a', 1.0), 'b': candidate('b', 2.0)}, repeats=4
+  )
+  assert ''.join(calls) == 'ab' + 'abbaabba'
+  assert timings['a'].median_seconds == 1.0
+  assert timings['b'].times == (2.0,) * 4
+
+
+def test_compare_does_not_favour_either_under_a_steady_drift(clock):
+  calls = []
+
+  def work():
+    calls.append(None)
+    clock.now += len(calls)
+
+  timings = speed.compare({'a': work, 'b': work}, repeats=4)
+  assert timings['a'].median_seconds == timings['b'].median_seconds
+
+
+@pytest.mark.parametrize('argument', ['repeats', 'warmup'])
+def test_counts_below_one_are_refused(argument):
+  with pytest.raises(ValueError, match=f'{argument} must be at least 1, got 0'):
+    speed.measure(lambda: None, **{argument: 0})
+
+
+def test_compare_refuses_nothing_to_compare():
+  with pytest.raises(ValueError, match='at least one'):
+    speed.compare({})
+
+
+def test_peak_bytes_does_not_fall():
+  before = speed.peak_bytes()
+  array = jnp.ones(2**20).block_until_ready()
+  assert speed.peak_bytes() >= before > 2**20
+  del array
+
+
+@pytest.mark.parametrize('wrap', [lambda fn: fn, jax.jit])
+def test_compiled_bytes_counts_arguments_and_outputs(wrap):
+  shape = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+  plan = speed.compiled_bytes(wrap(lambda x, y: x @ y), shape, shape)
+  assert plan.argument == 2 * 256 * 256 * 4
+  assert plan.output == 256 * 256 * 4
+  assert plan.temporary >= 0
+  assert plan.aliased == 0
+
+
+def test_compiled_bytes_counts_donated_memory():
+  shape = jax.ShapeDtypeStruct((1024,), jnp.float32)
+  step = jax.jit(lambda x: x + 1, donate_argnums=0)
+  assert speed.compiled_bytes(step, shape).aliased == 4096
+
+
+def test_read_bandwidth_is_that_of_some_machine():
+  bandwidth = speed.read_bandwidth(16 * 2**20, repeats=2)
+  assert 1e8 < bandwidth < 1e14  # 0.1 GB/s to 100 TB/s
+
+
+def test_read_bandwidth_refuses_an_array_that_fits_a_cache():
+  with pytest.raises(ValueError, match='size must be at least'):
+    speed.read_bandwidth(1000)
