@@ -296,13 +296,18 @@ def _sample_chain(
         context.tokens, context.length, logits.shape[-1]
     )[:, None]
 
+  # Noise shared with plain sampling has a place, other noise also a round.
+  start = None if purpose == Purpose.SAMPLE else context.length
+
   def draw(logits, seen, index):
     q = sampling_lib.processed_logits(logits, context.sampling, seen)
     if sampling_lib.is_greedy(context.sampling):
       token = jnp.argmax(q, axis=-1).astype(jnp.int32)
     else:
       position = (context.length + index)[:, None]
-      keys = sampling_lib.position_keys(context.keys, position, purpose)
+      keys = sampling_lib.position_keys(
+          context.keys, position, purpose, start
+      )
       token = sampling_lib.draw(keys, q)
     if seen is not None:
       seen |= jax.nn.one_hot(token, logits.shape[-1], dtype=bool)

@@ -158,13 +158,24 @@ def position_keys(
     keys: jax.Array,  # [B] typed keys
     positions: jax.Array,  # [B, T] int32
     purpose: Purpose,
+    start: jax.Array | None = None,  # [B] int32
 ) -> jax.Array:
-  """The key of every (row, position, purpose): typed keys [B, T]."""
+  """The key of every (row, position, purpose): typed keys [B, T].
 
-  def one(key, position):
-    return jax.random.fold_in(jax.random.fold_in(key, position), int(purpose))
+  Noise of drafts and accept tests is drawn anew by every round: `start` is the
+  position where the round begins. A rule that weighs a whole block learns about
+  the noise behind the prefix that it keeps, and the next round, which begins
+  there, would be biased if it met the same noise again.
+  """
 
-  return jax.vmap(jax.vmap(one, (None, 0)))(keys, positions)
+  def one(key, position, start):
+    key = jax.random.fold_in(jax.random.fold_in(key, position), int(purpose))
+    return key if start is None else jax.random.fold_in(key, start)
+
+  row = jax.vmap(one, (None, 0, None))
+  return jax.vmap(row, (0, 0, None if start is None else 0))(
+      keys, positions, start
+  )
 
 
 def draw(

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from efficiency_jax.decoding import cost_model
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -104,11 +106,6 @@ def choose(
   alpha = jnp.take_along_axis(alpha, kind[:, None], axis=1)  # [B, 1]
   lengths = jnp.asarray(schedule.lengths, jnp.float32)
   usable = jnp.minimum(lengths, count[:, None].astype(jnp.float32))
-  tokens = expected_tokens(jnp.minimum(alpha, 0.999), usable)
+  tokens = cost_model.expected_tokens(jnp.minimum(alpha, 0.999), usable)
   rate = jnp.where(live[:, None], tokens, 0.0).sum(0) / costs
   return jnp.argmax(rate).astype(jnp.int32)
-
-
-def expected_tokens(alpha: jax.Array, length: jax.Array) -> jax.Array:
-  """Tokens a run emits: (1 - a^(G+1)) / (1 - a) (arXiv 2211.17192, eq. 1)."""
-  return (1.0 - alpha ** (length + 1.0)) / (1.0 - alpha)

@@ -39,14 +39,12 @@ class Decoder:
     drafter: Proposes tokens.
     verifier: Decides; `GREEDY` only where all rows are greedy.
     schedule: Draft lengths. Several lengths are chosen among adaptively.
-    stop_tokens: Tokens that end a row; the token itself is kept.
   """
 
   apply: ApplyFn
   drafter: Any = drafters.Nothing()
   verifier: Verifier = GREEDY
   schedule: schedule_lib.Schedule = schedule_lib.Schedule(lengths=(0,))
-  stop_tokens: tuple[int, ...] = ()
 
   def __post_init__(self):
     drafts = not isinstance(self.drafter, drafters.Nothing)
@@ -78,6 +76,7 @@ class State(NamedTuple):
   tokens: jax.Array  # [B, N] int32, prompt, text, then anything
   length: jax.Array  # [B] int32, committed tokens
   limit: jax.Array  # [B] int32, `length` never passes it
+  stop: jax.Array  # [K] int32, tokens that end a row and are kept; -1 is none
   done: jax.Array  # [B] bool
   keys: jax.Array  # [B] typed keys
   sampling: Sampling
@@ -91,14 +90,16 @@ class State(NamedTuple):
   refused: jax.Array  # [B, N] int32, draft token refused here, or -1
 
 
-@functools.partial(jax.jit, static_argnames=('decoder',), donate_argnums=(6,))
+@functools.partial(jax.jit, static_argnames=('decoder',), donate_argnums=(8,))
 def start(
     decoder: Decoder,
     weights: Weights,
     tokens: jax.Array,  # [B, N] int32, right-padded prompts
     length: jax.Array,  # [B] int32, prompt lengths, at least 1
     limit: jax.Array,  # [B] int32, prompt length + budget
-    sampling_and_keys: tuple[Sampling, jax.Array],
+    stop: jax.Array,  # [K] int32
+    sampling: Sampling,
+    keys: jax.Array,  # [B] typed keys
     cache: Cache,  # empty
 ) -> State:
   """Runs target and drafter over the prompts.
@@ -106,7 +107,6 @@ def start(
   `N` must be at least `limit.max() + decoder.slack`, and the cache must have
   that many slots and `prefill.slots_for(length.max())`.
   """
-  sampling, keys = sampling_and_keys
   batch, longest = tokens.shape[0], decoder.schedule.longest
   cache = prefill(decoder.apply, weights.target, tokens, length, cache)
   context = Context(tokens, length, keys, sampling)
@@ -125,6 +125,7 @@ def start(
       tokens=tokens,
       length=length,
       limit=limit,
+      stop=stop,
       done=length >= limit,
       keys=keys,
       sampling=sampling,
@@ -262,10 +263,7 @@ def _commit(
   padded = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
   block = jnp.where(slot < n, padded, verdict.next_token[:, None])  # [B, G + 1]
 
-  stop = jnp.zeros(block.shape, bool)
-  for token in decoder.stop_tokens:
-    stop |= block == token
-  stop &= slot <= n
+  stop = (block[..., None] == state.stop).any(-1) & (slot <= n)
   stops = stop.any(axis=1)
   count = jnp.where(stops, jnp.argmax(stop, axis=1) + 1, n[:, 0] + 1)
   count = jnp.minimum(count, state.limit - state.length)

@@ -152,7 +152,7 @@ def _distributions(logits, proposal: Proposal):
 def _uniforms(keys, position, drafted: int) -> jax.Array:
   """One uniform in [0, 1) for the accept test of each position: [B, G]."""
   positions = position[:, None] + jnp.arange(drafted)
-  keys = sampling.position_keys(keys, positions, Purpose.ACCEPT)
+  keys = sampling.position_keys(keys, positions, Purpose.ACCEPT, position)
   return jax.vmap(jax.vmap(jax.random.uniform))(keys)
 
 

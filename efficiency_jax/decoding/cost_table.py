@@ -1,0 +1,65 @@
+"""Seconds that a round of each draft length takes, measured on this machine."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficiency_jax.decoding import speculative
+from efficiency_jax.decoding.drafters import Weights
+from efficiency_jax.decoding.speculative import Decoder, State
+
+
+def measure(
+    decoder: Decoder,
+    weights: Weights,
+    state: State,
+    *,
+    rounds: int = 6,
+    repeats: int = 3,
+) -> np.ndarray:
+  """Times the compiled loop itself, forced to one draft length after another.
+
+  Nothing is compiled that decoding does not need anyway. The lengths take turns
+  within a repeat, so that a machine that slows down slows all of them, and the
+  first turn is not counted.
+
+  Args:
+    decoder: The loop to time.
+    weights: Its parameters.
+    state: A started state, used up by this call. Every row must have room for
+      `rounds` fully accepted drafts between its `length` and its `limit`.
+    rounds: Rounds a sample.
+    repeats: Samples a length, of which the median counts.
+
+  Returns:
+    Seconds a round of each draft length: [len(lengths)] float32.
+  """
+  lengths = decoder.schedule.lengths
+  room = np.asarray(state.limit - state.length).min()
+  if room < rounds * (decoder.schedule.longest + 1):
+    raise ValueError(
+        f'rows need room for {rounds} rounds of {decoder.schedule.longest + 1}'
+        f' tokens, got {room}: raise the limit or lower rounds.'
+    )
+  begin_length = np.asarray(state.length)
+  # No token ends a row, so that every sample has all its rounds.
+  state = state._replace(stop=jnp.full_like(state.stop, -1))
+  no_costs = jnp.ones((len(lengths),), jnp.float32)
+  seconds = np.zeros((repeats + 1, len(lengths)))
+  for repeat in range(repeats + 1):
+    for index in range(len(lengths)):
+      length = jnp.asarray(begin_length)
+      state = state._replace(
+          length=length,
+          done=jnp.zeros(length.shape, bool),
+          cache=state.cache._replace(length=length - 1),
+      )
+      begin = time.perf_counter()
+      state = speculative.run(
+          decoder, weights, state, jnp.int32(rounds), no_costs, jnp.int32(index)
+      )
+      jax.block_until_ready(state.length)
+      seconds[repeat, index] = (time.perf_counter() - begin) / rounds
+  return np.median(seconds[1:], axis=0).astype(np.float32)

@@ -1,0 +1,1 @@
+"""Models and data on disk: named assets, checkpoints and tokenizers."""
