@@ -27,11 +27,11 @@ from efficiency_jax.models import transformer
 DRAFTERS = ('plain', 'n-gram', 'early exit', 'draft model')
 
 # Draft lengths that an adaptive generation compiles; 0 is plain decoding.
-ADAPTIVE_LENGTHS = (0, 1, 3, 7, 15)
+ADAPTIVE_LENGTHS = (0, 3, 7, 15)
 
 # Chance that a draft token is kept, before any was seen, for n-gram matches of
-# 1, 2, 3 and at least 4 tokens: rounded from greedy SmolLM2 texts (RESULTS.md).
-_NGRAM_PRIOR = (0.35, 0.5, 0.6, 0.8)
+# 1 .. 8 tokens: rounded from greedy texts of SmolLM2 (DESIGN.md).
+_NGRAM_PRIOR = (0.35, 0.65, 0.8, 0.85, 0.85, 0.9, 0.9, 0.95)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,6 +214,8 @@ def generate(
     seed: int = 0,
     stop_strings: Sequence[str] = (),
     costs: np.ndarray | None = None,
+    slots: int | None = None,
+    force_length: int | None = None,
     **choices: Any,
 ) -> Generation:
   """Continues every prompt, all of them in one batch.
@@ -234,6 +236,9 @@ def generate(
     seed: Of all random choices.
     stop_strings: End a row where its text first contains one of them.
     costs: Seconds a round of each draft length, if already measured.
+    slots: Room for prompt and text. None takes the next power of two; a larger
+      one makes prompts of different lengths run one compiled program.
+    force_length: One of the compiled draft lengths, to use in every round.
     **choices: Arguments of `prepare`, when `lm` is a model.
 
   Raises:
@@ -251,6 +256,8 @@ def generate(
       seed=seed,
       stop_strings=stop_strings,
       costs=costs,
+      slots=slots,
+      force_length=force_length,
       rounds=8 if stop_strings else None,
       **choices,
   )
@@ -271,6 +278,8 @@ def stream(
     seed: int = 0,
     stop_strings: Sequence[str] = (),
     costs: np.ndarray | None = None,
+    slots: int | None = None,
+    force_length: int | None = None,
     rounds: int | None = 4,
     **choices: Any,
 ) -> Iterator[Generation]:
@@ -303,18 +312,23 @@ def stream(
     raise ValueError("verifier 'greedy' needs temperature 0 in every row.")
   encoded = _encode(engine, prompts, max_new_tokens)
   prompt_length = np.array([len(ids) for ids in encoded], np.int32)
-  if costs is None and len(engine.decoder.schedule.lengths) > 1:
-    total = int(prompt_length.max()) + max_new_tokens
-    costs = measured_costs(engine, settings, len(prompts), total)
+  slots = _slots(engine, int(prompt_length.max()) + max_new_tokens, slots)
+  lengths = engine.decoder.schedule.lengths
+  if force_length is not None and force_length not in lengths:
+    raise ValueError(
+        f'force_length must be one of {lengths}, got {force_length}.'
+    )
+  if costs is None and len(lengths) > 1 and force_length is None:
+    costs = measured_costs(engine, settings, len(prompts), slots)
 
   begin = time.perf_counter()
   keys = sampling.row_keys(seed, jnp.arange(len(prompts)))
-  state = start(engine, encoded, max_new_tokens, settings, keys)
+  state = start(engine, encoded, max_new_tokens, settings, keys, slots)
   jax.block_until_ready(state.length)
   prefilled = time.perf_counter()
   cut: list[str | None] = [None] * len(prompts)
   while True:
-    state = run(engine, state, costs, rounds=rounds)
+    state = run(engine, state, costs, rounds, force_length)
     done = np.asarray(state.done)
     seconds = (prefilled - begin, time.perf_counter() - prefilled)
     result, found = _collect(engine, state, prompt_length, stop_strings, seconds)
@@ -332,11 +346,10 @@ def start(
     max_new_tokens: int,
     settings: sampling.Sampling,
     keys: jax.Array,
+    slots: int,
 ) -> speculative.State:
-  """Reads the prompts; buffers are sized in powers of two, so that prompts of
-  the same bucket run the same compiled program."""
+  """Reads encoded prompts into buffers of `slots` tokens a row."""
   lengths = np.array([len(ids) for ids in prompts], np.int32)
-  slots = _bucket(int(lengths.max()) + max_new_tokens + engine.decoder.slack)
   tokens = np.zeros((len(prompts), slots), np.int32)
   for row, ids in enumerate(prompts):
     tokens[row, : len(ids)] = ids
@@ -361,8 +374,12 @@ def run(
     state: speculative.State,
     costs: np.ndarray | None = None,
     rounds: int | None = None,
+    force_length: int | None = None,
 ) -> speculative.State:
   """Runs the compiled loop to the end, or for `rounds` rounds."""
+  forced = -1
+  if force_length is not None:
+    forced = engine.decoder.schedule.lengths.index(force_length)
   if costs is None:
     costs = np.ones(len(engine.decoder.schedule.lengths), np.float32)
   state = speculative.run(
@@ -371,23 +388,35 @@ def run(
       state,
       jnp.int32(np.iinfo(np.int32).max if rounds is None else rounds),
       jnp.asarray(costs, jnp.float32),
-      jnp.int32(-1),
+      jnp.int32(forced),
   )
   return jax.block_until_ready(state)
+
+
+def compiled(
+    engine: Engine, settings: sampling.Sampling, batch: int, slots: int
+) -> jax.stages.Compiled:
+  """The program of a generation, to ask it for memory or to read it."""
+  prompts = [[0]] * batch
+  keys = sampling.row_keys(0, jnp.arange(batch))
+  state = start(engine, prompts, 1, settings, keys, slots)
+  costs = jnp.ones((len(engine.decoder.schedule.lengths),), jnp.float32)
+  number = jnp.int32(0)
+  arguments = (engine.decoder, engine.weights, state, number, costs, number)
+  return speculative.run.lower(*arguments).compile()
 
 
 _COSTS: dict[Any, np.ndarray] = {}
 
 
 def measured_costs(
-    engine: Engine, settings: sampling.Sampling, batch: int, total_tokens: int
+    engine: Engine, settings: sampling.Sampling, batch: int, slots: int
 ) -> np.ndarray:
   """Seconds a round of each draft length for a batch of this size.
 
-  Measured once in a process for a decoder, kind of sampling, batch and bucket
-  of lengths. The table steers speed alone, never the law of the text.
+  Measured once in a process for a decoder, kind of sampling, batch and buffer
+  size. The table steers speed alone, never the law of the text.
   """
-  slots = _bucket(total_tokens + engine.decoder.slack)
   kind = jax.tree.structure(settings)
   key = (engine.decoder, kind, batch, slots, _dtype(engine.lm))
   if key not in _COSTS:
@@ -398,7 +427,7 @@ def measured_costs(
     ids = np.random.default_rng(0).integers(0, vocab, (batch, prompt))
     keys = sampling.row_keys(0, jnp.arange(batch))
     budget = slots - slack - prompt
-    state = start(engine, ids.tolist(), budget, settings, keys)
+    state = start(engine, ids.tolist(), budget, settings, keys, slots)
     _COSTS[key] = cost_table.measure(
         engine.decoder, engine.weights, state, rounds=min(rounds, budget // slack)
     )
@@ -487,9 +516,17 @@ def _collect(
   return generation, found
 
 
-def _bucket(slots: int) -> int:
-  """The next power of two, at least 128."""
-  return max(128, 1 << (slots - 1).bit_length())
+def _slots(engine: Engine, tokens: int, slots: int | None) -> int:
+  """The next power of two that holds `tokens` and a round, or `slots`."""
+  need = tokens + engine.decoder.slack
+  if slots is None:
+    return max(128, 1 << (need - 1).bit_length())
+  if slots < need:
+    raise ValueError(
+        f'slots must be >= {need} for prompt, max_new_tokens and one round, got'
+        f' {slots}.'
+    )
+  return slots
 
 
 def _dtype(lm: LanguageModel) -> Any:

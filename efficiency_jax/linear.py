@@ -17,7 +17,8 @@ def linear(
   """Returns `x @ kernel + bias`, accumulated in float32, in the dtype of `x`."""
   y = _dot(x, kernel, contract=0)
   if bias is not None:
-    y = y + bias.astype(jnp.float32)
+    bias = jnp.expand_dims(bias.astype(jnp.float32), range(y.ndim - 1))
+    y = y + bias
   return y.astype(x.dtype)
 
 

@@ -48,7 +48,12 @@ class Table:
       table.add_column(rich.text.Text(heading), justify=side, overflow='fold')
     for row in self._cells():
       table.add_row(*[rich.text.Text(cell) for cell in row])
-    (console or rich.console.Console()).print(table)
+    if console is None:
+      # Into a file or a pipe, the table is as wide as it needs to be.
+      console = rich.console.Console()
+      if not console.is_terminal:
+        console = rich.console.Console(width=200)
+    console.print(table)
 
   def _cells(self) -> list[list[str]]:
     return [[_cell(row.get(c)) for c in self.columns] for row in self.rows]
@@ -151,7 +156,7 @@ class _Rate(rich.progress.ProgressColumn):
 
 def _cell(value: Any) -> str:
   """A value as a person wants to read it: four digits, thousands apart."""
-  if value is None:
+  if value is None or value != value:  # nothing, or not a number
     return '-'
   if isinstance(value, bool):
     return 'yes' if value else 'no'

@@ -36,10 +36,15 @@ from ml_collections.config_flags import config_path
 from efficiency_jax.io import assets
 from experiments import workdir as workdirs
 
-Experiment = Callable[[ml_collections.ConfigDict, workdirs.Workdir], Any]
+Experiment = Callable[..., Any]  # of the config and the opened workdir
 
 
-def run(name: str, experiment: Experiment, argv: Sequence[str]) -> None:
+def run(
+  name: str,
+  experiment: Experiment,
+  argv: Sequence[str],
+  switches: Mapping[str, str] | None = None,
+) -> None:
   """Runs an experiment as its command line says.
 
   What a user can put right, a `ValueError` or an `OSError` (a wrong flag, a
@@ -50,6 +55,8 @@ def run(name: str, experiment: Experiment, argv: Sequence[str]) -> None:
     name: The module's name within `experiments`.
     experiment: Is called with the config and the opened workdir.
     argv: The command line, the program's own name first.
+    switches: Further flags that are on or off, with their help: how a run is
+      shown, not what it measures. They reach `experiment` as keyword arguments.
 
   Raises:
     SystemExit: With code 1 after a user's mistake, 130 after Ctrl-C, and 0
@@ -57,13 +64,14 @@ def run(name: str, experiment: Experiment, argv: Sequence[str]) -> None:
   """
   debug = any(arg.lstrip('-') in ('debug', 'debug=true') for arg in argv[1:])
   try:
-    config, values = parse(name, argv)
+    config, values = parse(name, argv, switches)
     _start(values)
     command = ('python', '-m', f'experiments.{name}', *argv[1:])
     workdir = workdirs.Workdir(
       values.workdir, experiment=name, config=config, command=command
     )
-    experiment(config, workdir)
+    shown = {switch: values[switch].value for switch in switches or {}}
+    experiment(config, workdir, **shown)
   except KeyboardInterrupt:
     print('interrupted: the same command goes on from here.', file=sys.stderr)
     raise SystemExit(130) from None
@@ -75,7 +83,7 @@ def run(name: str, experiment: Experiment, argv: Sequence[str]) -> None:
 
 
 def parse(
-  name: str, argv: Sequence[str]
+  name: str, argv: Sequence[str], switches: Mapping[str, str] | None = None
 ) -> tuple[ml_collections.ConfigDict, flags.FlagValues]:
   """Reads the command line: the config with its overrides, and the flags.
 
@@ -83,7 +91,7 @@ def parse(
     ValueError: A flag or a field of the config is unknown, missing or wrong.
     SystemExit: `--help` was asked for.
   """
-  values = _define()
+  values = _define(switches)
   values.set_gnu_getopt(True)
   rest = values(list(argv), known_only=True)
   if values.help:
@@ -102,7 +110,7 @@ def parse(
 
   # The overrides are parsed by the types of the loaded config's fields. The
   # other flags stand here only to be proposed in place of a mistyped one.
-  overrides = _define(without='config')
+  overrides = _define(switches, without='config')
   overrides.set_gnu_getopt(True)
   config_flags.DEFINE_config_dict(
     'config', config, flag_values=overrides, sys_argv=list(rest)
@@ -148,7 +156,9 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
   return config
 
 
-def _define(without: str = '') -> flags.FlagValues:
+def _define(
+  switches: Mapping[str, str] | None = None, without: str = ''
+) -> flags.FlagValues:
   """The flags of every experiment, apart from those of the process."""
   values = flags.FlagValues()
   texts: Mapping[str, str] = {
@@ -170,6 +180,7 @@ def _define(without: str = '') -> flags.FlagValues:
     ('compilation_cache', True, 'keep compiled programs between runs'),
     ('debug', False, 'show where an error came from'),
     ('help', False, 'show this and stop'),
+    *((switch, False, text) for switch, text in (switches or {}).items()),
   ):
     flags.DEFINE_boolean(flag, default, text, flag_values=values)
   return values

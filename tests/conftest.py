@@ -10,8 +10,6 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 jax.config.update('jax_platforms', 'cpu')
 # Eight virtual devices, so that sharding is tested on any machine.
 jax.config.update('jax_num_cpu_devices', 8)
-# [B] + [B, T] is nearly always a mistake: ranks are matched by hand.
-jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 # The same few examples every time, however slow the first, compiling one is.
 hypothesis.settings.register_profile(

@@ -25,6 +25,10 @@ from efficiency_jax.decoding.verifiers import Proposal
 from efficiency_jax.types import ApplyFn, Cache, Params
 
 
+# Tokens that a draft model behind the text takes in at a time.
+_CATCH_UP = 16
+
+
 class Weights(NamedTuple):
   """Parameters of the two models of a decoder."""
 
@@ -125,7 +129,7 @@ class NGram:
     shortest_match: Fewest tokens that make a match.
   """
 
-  longest_match: int = 4
+  longest_match: int = 8
   shortest_match: int = 1
   name: str = 'n-gram'
 
@@ -211,8 +215,9 @@ class DraftModel:
 
     It feeds the last two committed tokens first: after a fully accepted draft
     the cache lacks the last drafted token, and feeding it always costs less
-    than a second kind of step.
+    than a second kind of step. Only rounds that drafted nothing leave more.
     """
+    state = self._catch_up(weights, state, context)
     start = jnp.maximum(context.length - 2, 0)
     first = jnp.take_along_axis(
         context.tokens, start[:, None] + jnp.arange(2), axis=1
@@ -232,8 +237,27 @@ class DraftModel:
     return proposal, state, cache
 
   def observe(self, state, context, longest):
-    """Can always draft; the cache is rolled back by `propose`."""
-    return state, _always(context, longest)
+    """Can always draft; forgets the refused tokens."""
+    length = jnp.minimum(state.length, context.length - 1)
+    return state._replace(length=length), _always(context, longest)
+
+  def _catch_up(self, weights, cache: Cache, context: Context) -> Cache:
+    """Feeds committed tokens until at most the last two are missing."""
+
+    def behind(cache):
+      return jnp.any(cache.length < context.length - 2)
+
+    def body(cache):
+      last = jnp.maximum(context.length - _CATCH_UP, 0)
+      start = jnp.minimum(cache.length, last)
+      place = start[:, None] + jnp.arange(_CATCH_UP)
+      place = jnp.minimum(place, context.tokens.shape[1] - 1)
+      tokens = jnp.take_along_axis(context.tokens, place, axis=1)
+      _, cache = self.apply(weights.draft, tokens, cache._replace(length=start))
+      length = jnp.minimum(start + _CATCH_UP, context.length - 1)
+      return cache._replace(length=length)
+
+    return lax.while_loop(behind, body, cache)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
 """Running a model over the prompts, before the first new token."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,6 +18,9 @@ def slots_for(tokens: int) -> int:
   return -(-tokens // CHUNK) * CHUNK
 
 
+@functools.partial(
+    jax.jit, static_argnames=('apply',), donate_argnames=('cache',)
+)
 def prefill(
     apply: ApplyFn,
     params: Params,

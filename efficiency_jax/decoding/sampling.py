@@ -204,10 +204,10 @@ def _keep_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
 def _keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
   probs = jax.nn.softmax(logits, axis=-1)
   mass = lambda keep: jnp.where(keep, probs, 0.0).sum(-1, keepdims=True)
-  # Rounding can leave the whole mass below 1: there, top_p = 1 keeps all.
-  top_p = jnp.minimum(top_p, mass(jnp.full(probs.shape, True)))
-  threshold = _largest_threshold(probs, lambda keep: mass(keep) >= top_p)
-  return jnp.where(probs < threshold, -jnp.inf, logits)
+  # Rounding can leave the whole mass below top_p, or lose the smallest.
+  most = jnp.minimum(top_p, mass(jnp.full(probs.shape, True)))
+  threshold = _largest_threshold(probs, lambda keep: mass(keep) >= most)
+  return jnp.where((probs < threshold) & (top_p < 1), -jnp.inf, logits)
 
 
 def _largest_threshold(values: jax.Array, enough) -> jax.Array:

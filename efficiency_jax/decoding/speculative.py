@@ -90,7 +90,6 @@ class State(NamedTuple):
   refused: jax.Array  # [B, N] int32, draft token refused here, or -1
 
 
-@functools.partial(jax.jit, static_argnames=('decoder',), donate_argnums=(8,))
 def start(
     decoder: Decoder,
     weights: Weights,
@@ -107,10 +106,26 @@ def start(
   `N` must be at least `limit.max() + decoder.slack`, and the cache must have
   that many slots and `prefill.slots_for(length.max())`.
   """
-  batch, longest = tokens.shape[0], decoder.schedule.longest
+  # Not one jitted program: decoders of one target share the compiled prefill.
   cache = prefill(decoder.apply, weights.target, tokens, length, cache)
   context = Context(tokens, length, keys, sampling)
-  draft = decoder.drafter.init(weights, context, longest)
+  draft = decoder.drafter.init(weights, context, decoder.schedule.longest)
+  return _first_state(decoder, context, limit, stop, cache, draft)
+
+
+@functools.partial(
+    jax.jit, static_argnames=('decoder',), donate_argnames=('cache', 'draft')
+)
+def _first_state(
+    decoder: Decoder,
+    context: Context,
+    limit: jax.Array,
+    stop: jax.Array,
+    cache: Cache,
+    draft: Any,
+) -> State:
+  tokens, length, keys, sampling = context
+  batch, longest = tokens.shape[0], decoder.schedule.longest
   draft, forecast = decoder.drafter.observe(draft, context, longest)
   zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
   counters = Counters(

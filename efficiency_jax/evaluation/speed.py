@@ -5,8 +5,10 @@ watch around a call measures neither. Every function here waits for the results
 (`jax.block_until_ready`) and keeps compilation apart.
 """
 
+import collections
 from collections.abc import Callable, Mapping
 import dataclasses
+import re
 import resource
 import sys
 import time
@@ -15,6 +17,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# A line that opens a computation of a compiled program, a line of one, and the
+# computations that it names: body=%loop, calls={%a, %b} and their like.
+_COMPUTATION = re.compile(r'(?:ENTRY )?%?([\w.-]+) .*\{$')
+_OPERATION = re.compile(
+  r'\s+(?:ROOT )?%?[\w.-]+ = '
+  r'(?:\(.*?\)|\w+\[(?P<shape>[\d,]*)\](?:\{[^}]*\})?) (?P<name>[a-z][\w-]*)\('
+)
+_CALLED = re.compile(
+  r'(?:body|condition|calls|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.-]+)'
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,6 +186,48 @@ def compiled_bytes(fn: Callable[..., Any], *args: Any) -> CompiledBytes:
     temporary=plan.temp_size_in_bytes,
     aliased=plan.alias_size_in_bytes,
   )
+
+
+def loop_operations(
+  program: str,
+) -> collections.Counter[tuple[str, tuple[int, ...]]]:
+  """What the while loops of a compiled program do, counted by name and shape.
+
+  An array that a loop only seems to update in place shows here as a `copy` of
+  its shape, and weights that are widened at every step as a `convert`.
+
+  Args:
+    program: `jitted.lower(...).compile().as_text()`.
+
+  Returns:
+    How often each operation with one result of a shape stands in the body or
+    the condition of a loop, or in anything that these call.
+  """
+  names, calls, operations, current = set(), {}, {}, ''
+  for line in program.splitlines():
+    if head := _COMPUTATION.match(line):
+      current = head[1]
+      calls[current], operations[current] = set(), collections.Counter()
+    elif (found := _OPERATION.match(line)) and current:
+      called = {
+        name.strip(' %')
+        for group in _CALLED.findall(line)
+        for name in group.strip('{}').split(',')
+      }
+      calls[current] |= called
+      if found['name'] == 'while':
+        names |= called
+      if found['shape'] is not None:
+        shape = tuple(int(size) for size in found['shape'].split(',') if size)
+        operations[current][found['name'], shape] += 1
+  reached, total = set(), collections.Counter()
+  while names:
+    name = names.pop()
+    if name in calls and name not in reached:
+      reached.add(name)
+      names |= calls[name]
+      total += operations[name]
+  return total
 
 
 def read_bandwidth(size: int = 512 * 2**20, *, repeats: int = 8) -> float:

@@ -201,7 +201,9 @@ def _merges_from_scores(
   """Lists the merges that SentencePiece would do, best piece first.
 
   SentencePiece joins the two neighbours whose union has the highest score, so
-  every way to cut a piece in two known pieces is a merge with its score.
+  every way to cut a piece in two known pieces is a merge with its score. Among
+  equals the order is that of the converters of transformers, so that a model
+  has the same merges whichever file it comes from.
   """
   mergeable = {
     token: number
@@ -217,7 +219,7 @@ def _merges_from_scores(
     for cut in range(1, len(token)):
       left, right = token[:cut], token[cut:]
       if left in mergeable and right in mergeable:
-        key = (-scores[number], mergeable[left], mergeable[right])
+        key = (-scores[number], -len(left), -len(right), number)
         merges.append((key, (left, right)))
   return [pair for _, pair in sorted(merges)]
 

@@ -28,6 +28,7 @@ def full_attention(
   time = queries.shape[1]
   query_position = jnp.arange(time)[:, None]
   visible = _visible(query_position, jnp.arange(time)[None], window)
+  visible = visible[None, None, None]
   scores = jnp.einsum(
       'btkgh,bskh->bkgts',
       _group(queries, keys.shape[2]),

@@ -35,7 +35,8 @@ def rotation(
     inverse: np.ndarray,  # [head_dim / 2]
 ) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines at `positions`: two [B, T, 1, head_dim / 2] float32."""
-  angles = positions[:, :, None, None].astype(jnp.float32) * inverse
+  positions = positions[:, :, None, None].astype(jnp.float32)
+  angles = positions * inverse[None, None, None]
   return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -53,7 +53,9 @@ class RMSNorm(nn.Module):
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
     x32 = x32 * jax.lax.rsqrt(mean_square + self.epsilon)
-    return (x32 * (1.0 + scale if self.plus_one else scale)).astype(x.dtype)
+    scale = 1.0 + scale if self.plus_one else scale
+    scale = jnp.expand_dims(scale, range(x.ndim - 1))
+    return (x32 * scale).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -156,7 +158,7 @@ class DecoderLM(nn.Module):
     c = self.config
     batch, time = tokens.shape
     start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
-    positions = start[:, None] + jnp.arange(time, dtype=jnp.int32)
+    positions = start[:, None] + jnp.arange(time, dtype=jnp.int32)[None]
     turn, local_turn = _turns(c, positions)
 
     embedding = Embedding(c.vocab_size, c.width, name='embedding')

@@ -1,0 +1,58 @@
+"""How fast SmolLM2-135M-Instruct decodes here, and what limits it.
+
+    python -m experiments.benchmark_decode \\
+      --config=configs/benchmark_decode.py --workdir=runs/benchmark_decode
+
+Two CPU cores and 8 GB of memory, about 20 minutes on a machine that does
+nothing else. Run it with the Python of .venv-peers (make test-peers) to have
+transformers and llama.cpp beside our rows. `:tiny` after the file's name runs
+every part of it in seconds, on random weights and without peers.
+
+Fields:
+  model: An asset, a folder, a GGUF file or a Hub id; 'untrained' is a tiny
+    model with random weights.
+  dtype: Of the parameters.
+  prompts: Sets to take prompts from in turns: mt-bench, humaneval, or inline
+    (the messages in `inline`).
+  num_prompts: Of a set that are looked at; 0 looks at all.
+  max_prompt_tokens: Longer prompts are left out, so that all run one program.
+  new_tokens: Tokens that every candidate writes after every prompt; the
+    model's own stop tokens do not end a text here.
+  single: Prompts that are decoded one after another at batch 1.
+  batch: Prompts that are decoded together.
+  repeats: Timed samples of each candidate, in turns; one more is not counted.
+  peers: Other tools to compare with, at batch 1.
+  prompt_lookup: Tokens that prompt lookup of transformers drafts.
+"""
+
+import ml_collections
+
+
+def get_config(variant: str = '') -> ml_collections.ConfigDict:
+  """The settings; `variant` may be 'tiny'."""
+  config = ml_collections.ConfigDict()
+  config.model = 'smollm2-135m'
+  config.dtype = 'float32'
+  config.prompts = ('humaneval', 'mt-bench')
+  config.inline = ()
+  config.num_prompts = 0
+  config.max_prompt_tokens = 112
+  config.new_tokens = 128
+  config.single = 4
+  config.batch = 8
+  config.repeats = 5
+  config.peers = ('transformers', 'transformers, prompt lookup', 'llama.cpp')
+  config.prompt_lookup = 10
+  if variant == 'tiny':
+    config.model = 'untrained'
+    config.prompts = ('inline',)
+    config.inline = ('a b a b a b', 'one two three one two')
+    config.max_prompt_tokens = 120
+    config.new_tokens = 24
+    config.single = 2
+    config.batch = 2
+    config.repeats = 2
+    config.peers = ()
+  elif variant:
+    raise ValueError(f"variant {variant!r} is unknown; there is 'tiny'.")
+  return config

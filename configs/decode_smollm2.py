@@ -1,0 +1,42 @@
+"""Greedy decoding of SmolLM2-135M-Instruct, plainly and with speculation.
+
+    python -m experiments.decode --config=configs/decode_smollm2.py \
+      --workdir=runs/decode
+
+All 80 MT-bench questions and the first 80 HumanEval problems, 128 new tokens,
+batch 1 and 8. `configs/decode_smollm2.py:demo` is what `make demo` runs: 8
+problems, 64 tokens.
+
+Hardware: two CPU cores, 4 GB of memory. HARDWARE_TIME
+"""
+
+import ml_collections
+
+
+def get_config(size: str = 'full') -> ml_collections.ConfigDict:
+  """The whole run, or the one of `make demo`."""
+  if size not in ('full', 'demo'):
+    raise ValueError(f'sizes are full and demo, got {size!r}')
+  demo = size == 'demo'
+  config = ml_collections.ConfigDict()
+  config.model = 'smollm2-135m'  # an asset, a folder, a .gguf, a Hub id
+  config.dtype = 'float32'
+  # Prompt sets: humaneval, mt-bench, or inline (the messages in `inline`).
+  config.prompts = ('humaneval',) if demo else ('humaneval', 'mt-bench')
+  config.inline = ()
+  config.num_prompts = 8 if demo else 80  # a set; 0 takes all
+  config.max_prompt_tokens = 256 if demo else 800  # longer ones are left out
+  config.max_new_tokens = 64 if demo else 128
+  config.batches = (1, 8)
+  config.stop = True  # end a row at the model's stop tokens
+  # Each is 'drafter' or 'drafter/verifier', with ', LENGTH' for a fixed draft.
+  config.methods = ('n-gram', 'early exit, 3', 'draft model, 3')
+  config.fixed_lengths = (3, 7) if demo else (3, 7, 15)  # of n-gram, beside the adaptive one
+  config.exit_layers = 10
+  config.draft_every = 3  # the draft model: every third layer, untrained
+  config.repeats = 1
+  config.seed = 0
+  config.sampling = ml_collections.ConfigDict(
+    dict(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+  )
+  return config

@@ -1,0 +1,1 @@
+"""Texts and tasks: what models read, train on and are measured with."""

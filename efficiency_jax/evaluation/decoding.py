@@ -1,0 +1,194 @@
+"""Measures ways of decoding against plain decoding, on the same prompts."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import statistics as means
+from typing import Any
+
+import numpy as np
+
+from efficiency_jax import generation
+from efficiency_jax.decoding import cost_model, sampling, statistics
+from efficiency_jax.generation import Engine, Generation
+
+BASELINE = 'plain'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+  """A way of decoding: an engine, and perhaps one of its draft lengths."""
+
+  name: str
+  engine: Engine
+  force_length: int | None = None
+
+
+def measure(
+    methods: Sequence[Method],
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    slots: int,
+    settings: Mapping[str, Any],
+    seed: int = 0,
+    repeats: int = 1,
+) -> dict[str, Generation]:
+  """Decodes one batch with every method in turn; the median run of each.
+
+  The methods take turns, forwards and backwards, so that a machine that slows
+  down slows all of them. Compile first (`warm_up`): nothing here tells
+  compilation from decoding.
+  """
+  runs: dict[str, list[Generation]] = {method.name: [] for method in methods}
+  for repeat in range(repeats):
+    for method in methods if repeat % 2 == 0 else reversed(methods):
+      runs[method.name].append(
+          generation.generate(
+              method.engine,
+              prompts,
+              max_new_tokens=max_new_tokens,
+              slots=slots,
+              force_length=method.force_length,
+              seed=seed,
+              **settings,
+          )
+      )
+  middle = lambda several: sorted(several, key=lambda run: run.decode_seconds)[
+      (len(several) - 1) // 2
+  ]
+  return {name: middle(several) for name, several in runs.items()}
+
+
+def warm_up(
+    methods: Sequence[Method],
+    batch: int,
+    slots: int,
+    settings: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+  """Compiles all that `measure` will run for a batch size.
+
+  Returns:
+    For each method its `peak_bytes` (weights, cache and scratch of the compiled
+    loop) and `round_seconds`, the measured cost of each compiled draft length.
+  """
+  facts = {}
+  for method in methods:
+    prompts = [[0]] * batch
+    generation.generate(
+        method.engine, prompts, max_new_tokens=1, slots=slots, **settings
+    )
+    made = sampling.make(batch, **settings)
+    memory = generation.compiled(
+        method.engine, made, batch, slots
+    ).memory_analysis()
+    peak = None
+    if memory is not None:
+      peak = (
+          memory.argument_size_in_bytes
+          + memory.output_size_in_bytes
+          - memory.alias_size_in_bytes
+          + memory.temp_size_in_bytes
+      )
+    costs = generation.measured_costs(method.engine, made, batch, slots)
+    lengths = method.engine.decoder.schedule.lengths
+    facts[method.name] = {
+        'peak_bytes': peak,
+        'round_seconds': dict(zip(lengths, costs.tolist(), strict=True)),
+    }
+  return facts
+
+
+def record(result: Generation, baseline: Generation) -> dict[str, Any]:
+  """The measured facts of one batch, as plain values that add up."""
+  total = statistics.total(result.statistics)
+  same = [
+      np.array_equal(mine.tokens, plain.tokens)
+      for mine, plain in zip(result.rows, baseline.rows, strict=True)
+  ]
+  return {
+      **dataclasses.asdict(total),
+      'rounds': sum(result.rounds.values()),
+      'rounds_by_length': {str(k): v for k, v in result.rounds.items()},
+      'seconds': result.decode_seconds,
+      'prefill_seconds': result.prefill_seconds,
+      'same_rows': sum(same),
+      'num_rows': len(same),
+      'guarantee': result.guarantee,
+  }
+
+
+def summarize(
+    records: Sequence[Mapping[str, Any]],
+    baseline: Sequence[Mapping[str, Any]],
+    round_seconds: Mapping[int, float] | None = None,
+    plain_seconds: float | None = None,
+) -> dict[str, Any]:
+  """One row of results from the records of several batches.
+
+  The predicted speed-up is what the measured cost of each round and of a plain
+  step make of the rounds that were run; `leviathan_speedup` is theorem 3.8 with
+  the measured acceptance and the effective cost ratio of a fixed length.
+  """
+  fields = [field.name for field in dataclasses.fields(statistics.Statistics)]
+  total = statistics.total([
+      statistics.Statistics(**{
+          name: tuple(r[name]) if isinstance(r[name], list) else r[name]
+          for name in fields
+      })
+      for r in records
+  ])
+  seconds = sum(r['seconds'] for r in records)
+  plain = sum(r['seconds'] for r in baseline)
+  ratios = [
+      b['seconds'] / b['generated'] / (r['seconds'] / r['generated'])
+      for r, b in zip(records, baseline, strict=True)
+  ]
+  plain_rate = sum(b['generated'] for b in baseline) / plain
+  rate = total.generated / seconds
+  same = sum(r['same_rows'] for r in records)
+  row = {
+      'tokens_per_second': rate,
+      'speedup': rate / plain_rate,
+      'speedup_minimum': min(ratios),
+      'speedup_median': means.median(ratios),
+      'speedup_maximum': max(ratios),
+      'tokens_per_run': total.tokens_per_run,
+      'accepted_drafts_per_run': total.accepted_drafts_per_run,
+      'acceptance_rate': total.acceptance_rate,
+      'alpha': total.alpha,
+      'conditional_acceptance': list(total.conditional_acceptance),
+      'generated_tokens': total.generated,
+      'target_runs': total.runs,
+      'exact': same == sum(r['num_rows'] for r in records),
+      'exact_rows': same,
+      'num_rows': sum(r['num_rows'] for r in records),
+      'guarantee': records[0]['guarantee'],
+      'seconds': seconds,
+      'prefill_seconds': sum(r['prefill_seconds'] for r in records),
+  }
+  rounds: dict[int, int] = {}
+  for one in records:
+    for length, count in one['rounds_by_length'].items():
+      rounds[int(length)] = rounds.get(int(length), 0) + count
+  row['rounds_by_length'] = {str(k): v for k, v in sorted(rounds.items())}
+  if round_seconds and plain_seconds:
+    expected = sum(count * round_seconds[g] for g, count in rounds.items())
+    plain_rounds = sum(b['rounds'] for b in baseline)
+    row['predicted_speedup'] = plain_rounds * plain_seconds / expected
+    used = [g for g, count in rounds.items() if count]
+    if len(used) == 1 and used[0] > 0 and total.tested_at:
+      ratio = cost_model.effective_cost_ratio(
+          round_seconds[used[0]], plain_seconds, used[0]
+      )
+      row['effective_cost_ratio'] = ratio
+      row['leviathan_speedup'] = cost_model.improvement(
+          total.alpha, used[0], ratio
+      )
+  return row
+
+
+def batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+  """Consecutive groups of `size`; a shorter last group is left out, unless it
+  is the only one."""
+  groups = [items[i : i + size] for i in range(0, len(items), size)]
+  return [group for group in groups if len(group) == size] or groups[:1]

@@ -1,0 +1,53 @@
+"""A model with random weights and a tokenizer of bytes, for trying things out."""
+
+import jax
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from efficiency_jax.io.pretrained import LanguageModel
+from efficiency_jax.io.tokenizer import Tokenizer
+from efficiency_jax.models import transformer
+from efficiency_jax.models.config import DecoderConfig
+
+_CHAT = (
+    '{% for message in messages %}{{ message.role }}: {{ message.content }}\n'
+    '{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}'
+)
+
+
+def language_model(
+    config: DecoderConfig | None = None, seed: int = 0
+) -> LanguageModel:
+  """Builds one; `config.vocab_size` must be at least the 257 of the tokenizer.
+
+  The default is 2 layers, 64 wide. Every byte is a token, and token 256 stops.
+  """
+  if config is None:
+    config = DecoderConfig(
+        vocab_size=257,
+        width=64,
+        ffn_width=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        max_positions=4096,
+    )
+  if config.vocab_size < 257:
+    raise ValueError(
+        f'vocab_size must be >= 257 for bytes, got {config.vocab_size}.'
+    )
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  vocabulary = {symbol: place for place, symbol in enumerate(alphabet)}
+  backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = decoders.ByteLevel()
+  backend.add_special_tokens(['<|end|>'])
+  return LanguageModel(
+      name=f'untrained-{seed}',
+      config=config,
+      params=transformer.init(config, jax.random.key(seed)),
+      tokenizer=Tokenizer(
+          backend=backend, eos_id=256, stop_ids=(256,), chat_template=_CHAT
+      ),
+  )

@@ -1,0 +1,375 @@
+"""Measures decoding speed on this machine, beside its limits and other tools.
+
+    python -m experiments.benchmark_decode \\
+      --config=configs/benchmark_decode.py --workdir=runs/benchmark_decode
+
+Every method writes the same number of tokens after the same prompts, and its
+rate is that of writing: reading the prompts has a column of its own.
+"""
+
+from collections.abc import Sequence
+import functools
+import pathlib
+import sys
+import tempfile
+from typing import TYPE_CHECKING
+
+import jax
+import ml_collections
+import numpy as np
+
+from efficiency_jax import generation
+from efficiency_jax import trees
+from efficiency_jax.decoding import prefill
+from efficiency_jax.decoding import sampling
+from efficiency_jax.evaluation import speed
+from efficiency_jax.io import assets
+from efficiency_jax.io import export
+from efficiency_jax.io import pretrained
+from efficiency_jax.models import cache as kv_cache
+from experiments import candidates
+from experiments import decode
+from experiments import display
+from experiments import launch
+from experiments import peers
+from experiments import workdir as workdirs
+
+if TYPE_CHECKING:  # slow to import
+  from matplotlib import figure as figures
+
+PLAIN, NGRAM = 'plain', 'n-gram, adaptive'
+SPEEDS = {
+  'method': 'method',
+  'batch': 'batch',
+  'tokens_per_second': 'tokens/s',
+  'tokens_per_second_spread': 'spread',
+  'speedup': 'speed-up',
+  'speedup_spread': 'spread',
+  'milliseconds_per_step': 'ms/step',
+  'tokens_per_step': 'tokens/step',
+  'roofline_fraction': 'of roofline',
+  'prefill_seconds': 'prefill s',
+  'texts_equal': 'equal texts',
+  'texts': 'of',
+  'note': 'note',
+}
+PROGRAMS = {
+  'method': 'method',
+  'batch': 'batch',
+  'cache_copies_in_loop': 'cache copies in loop',
+  'weight_converts_in_loop': 'weight converts in loop',
+  'temporary_bytes': 'temporary bytes',
+  'weight_bytes': 'weight bytes',
+}
+ROUNDS = {
+  'batch': 'batch',
+  'draft_length': 'draft length',
+  'milliseconds_per_round': 'ms/round',
+  'relative_cost': 'cost over length 0',
+}
+
+
+def experiment(
+  config: ml_collections.ConfigDict, workdir: workdirs.Workdir
+) -> None:
+  """Measures memory, rounds, our decoders and peers, in this order."""
+  check(config)
+  lm = decode.load_model(config)
+  prompts = load_prompts(lm, config)
+  prepare = functools.partial(generation.prepare, lm, stop=False)
+  engines = {PLAIN: prepare(drafter='plain'), NGRAM: prepare(drafter='n-gram')}
+  memory = workdir.row('memory', measure_memory)
+  rows = [memory]
+  for batch, groups in (
+    (1, [[prompt] for prompt in prompts[: config.single]]),
+    (config.batch, [prompts[: config.batch]]),
+  ):
+    rounds = round_rows(config, workdir, engines[NGRAM], batch)
+    speeds = speed_rows(config, workdir, lm, engines, groups, rounds)
+    for row in speeds:
+      if 'tokens_per_second' in row:
+        bound = batch * memory['bytes_per_second'] / row['weight_bytes']
+        row['roofline_tokens_per_second'] = bound
+        row['roofline_fraction'] = row['tokens_per_second'] / bound
+    rows += rounds + speeds
+  workdir.write_results(rows)
+  image = workdir.save_figure(draw(rows), 'tokens_per_second')
+  workdir.write_report(report(config, rows, image.name))
+  display.table([r for r in rows if 'texts' in r or 'note' in r], SPEEDS).show()
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Finds what is wrong with a config before anything is loaded."""
+  for field, least in (
+    ('max_prompt_tokens', 1),
+    ('new_tokens', 2),  # a rate needs what follows the first
+    ('single', 1),
+    ('batch', 2),
+    ('repeats', 1),
+    ('prompt_lookup', 1),
+  ):
+    if config[field] < least:
+      raise ValueError(
+        f'--config.{field} must be >= {least}, got {config[field]}.'
+      )
+  for name in config.peers:
+    peers.missing(name)
+
+
+def load_prompts(
+  lm: pretrained.LanguageModel, config: ml_collections.ConfigDict
+) -> list[list[int]]:
+  """Chats from all prompt sets in turns: the first ones of each."""
+  sets = [decode.load_prompts(lm, config, name) for name in config.prompts]
+  mixed = [ids for turn in zip(*sets, strict=False) for _, ids in turn]
+  needed = max(config.single, config.batch)
+  if len(mixed) < needed:
+    raise ValueError(
+      f'--config.max_prompt_tokens={config.max_prompt_tokens} leaves'
+      f' {len(mixed)} of the {needed} prompts that are needed: raise it.'
+    )
+  return mixed[:needed]
+
+
+def measure_memory() -> workdirs.Row:
+  """How fast weights can be read, which bounds plain decoding."""
+  rate = speed.read_bandwidth(repeats=16)
+  return {'method': 'memory read', 'baseline': None, 'bytes_per_second': rate}
+
+
+def round_rows(config, workdir, engine, batch: int) -> list[workdirs.Row]:
+  """The cost table: seconds a round of each draft length."""
+  costs = functools.cache(
+    lambda: generation.measured_costs(
+      engine, sampling.GREEDY, batch, slots(config, engine)
+    )
+  )
+  return [
+    workdir.row(
+      f'round/{batch}/{length}',
+      lambda place=place, length=length: {
+        'method': f'round of {length} drafts',
+        'baseline': 'round of 0 drafts',
+        'batch': batch,
+        'draft_length': length,
+        'milliseconds_per_round': 1e3 * float(costs()[place]),
+        'relative_cost': float(costs()[place] / costs()[0]),
+      },
+    )
+    for place, length in enumerate(engine.decoder.schedule.lengths)
+  ]
+
+
+def speed_rows(
+  config, workdir, lm, engines, groups, rounds
+) -> list[workdirs.Row]:
+  """Decodes all groups with every method, and compares with plain decoding."""
+  batch = len(groups[0])
+  others = config.peers if batch == 1 else ()
+  notes = {name: peers.missing(name) for name in others}
+  costs = np.array([r['milliseconds_per_round'] for r in rounds]) / 1e3
+
+  @functools.cache
+  def samples() -> dict[str, list[candidates.Sample]]:
+    ways = {
+      name: functools.partial(write, config, engine, groups, costs)
+      for name, engine in engines.items()
+    }
+    present = [name for name in others if not notes[name]]
+    ways |= load_peers(config, lm, present, [p for g in groups for p in g])
+    return candidates.take_turns(
+      ways, repeats=config.repeats, workdir=workdir, label=f'batch {batch}'
+    )
+
+  def make(name: str) -> workdirs.Row:
+    row = {'method': name, 'baseline': PLAIN, 'batch': batch}
+    if notes.get(name):
+      return row | {'note': notes[name]}
+    row |= candidates.summary(samples()[name], samples()[PLAIN])
+    if name in engines:
+      return row | read_program(config, lm, engines[name], batch)
+    whole = name != peers.LLAMA_CPP
+    size = (
+      trees.count_bytes(lm.params) if whole else file_of(config).stat().st_size
+    )
+    return row | {'weight_bytes': size}
+
+  # What a missing peer left is not kept: the next run may have it.
+  return [
+    make(name)
+    if notes.get(name)
+    else workdir.row(f'batch {batch}/{name}', lambda name=name: make(name))
+    for name in (*engines, *others)
+  ]
+
+
+def write(config, engine, groups, costs) -> candidates.Sample:
+  """Decodes one group of prompts after another with our compiled loop."""
+  samples = []
+  for prompts in groups:
+    made = generation.generate(
+      engine,
+      prompts,
+      max_new_tokens=config.new_tokens,
+      slots=slots(config, engine),
+      costs=costs if len(engine.decoder.schedule.lengths) > 1 else None,
+    )
+    samples.append(
+      candidates.Sample(
+        tokens=[row.tokens.tolist() for row in made.rows],
+        prefill_seconds=made.prefill_seconds,
+        decode_seconds=made.decode_seconds,
+        decoded=sum(len(row.tokens) for row in made.rows),
+        steps=sum(made.rounds.values()),
+      )
+    )
+  return candidates.total(samples)
+
+
+def slots(config, engine: generation.Engine) -> int:
+  """One buffer size for all prompts: one compiled program."""
+  return config.max_prompt_tokens + config.new_tokens + engine.decoder.slack
+
+
+def read_program(config, lm, engine, batch: int) -> workdirs.Row:
+  """What the compiled loop does besides decoding: it should be nothing."""
+  size = slots(config, engine)
+  program = generation.compiled(engine, sampling.GREEDY, batch, size)
+  found = speed.loop_operations(program.as_text())
+  cache = jax.eval_shape(
+    lambda: kv_cache.init(lm.config, batch, prefill.slots_for(size))
+  )
+  # A product may turn its weight, so axes count in any order.
+  weights = {
+    tuple(sorted(leaf.shape))
+    for leaf in jax.tree.leaves(lm.params)
+    if leaf.ndim > 1
+  }
+  return {
+    'weight_bytes': trees.count_bytes(lm.params),
+    'cache_copies_in_loop': found['copy', cache.keys[0].shape],
+    'weight_converts_in_loop': sum(
+      count
+      for (operation, shape), count in found.items()
+      if operation == 'convert' and tuple(sorted(shape)) in weights
+    ),
+    'temporary_bytes': program.memory_analysis().temp_size_in_bytes,
+  }
+
+
+def load_peers(config, lm, names, prompts) -> dict[str, candidates.Candidate]:
+  """The other tools, each with the model and the prompts in its hands."""
+  decoders = {}
+  with tempfile.TemporaryDirectory() as folder:
+    saved = functools.cache(
+      lambda: export.save(lm, pathlib.Path(folder) / 'model')
+    )
+    for name in names:
+      if name == peers.LLAMA_CPP:
+        room = config.max_prompt_tokens + config.new_tokens
+        decoders[name] = peers.llama_cpp(file_of(config), room)
+      else:
+        lookup = config.prompt_lookup if name == peers.LOOKUP else None
+        decoders[name] = peers.transformers(saved(), lookup)
+  return {
+    name: functools.partial(decoder, prompts, config.new_tokens)
+    for name, decoder in decoders.items()
+  }
+
+
+def file_of(config: ml_collections.ConfigDict) -> pathlib.Path:
+  """The GGUF file behind the model, for llama.cpp."""
+  if config.model in assets.ASSETS:
+    return assets.fetch(config.model)
+  path = pathlib.Path(config.model).expanduser()
+  if path.suffix != '.gguf':
+    raise ValueError(
+      f'--config.peers names {peers.LLAMA_CPP}, which reads GGUF files only;'
+      f' --config.model={config.model} is none.'
+    )
+  return path
+
+
+def report(config, rows: Sequence[workdirs.Row], image: str) -> str:
+  """The tables that a person reads."""
+  read = rows[0]['bytes_per_second'] / 1e9
+  pick = lambda field: [row for row in rows if field in row]
+  speeds = [row for row in rows if 'texts' in row or 'note' in row]
+  return f"""
+![tokens per second]({image})
+
+{display.table(speeds, SPEEDS).markdown()}
+
+Medians of {config.repeats} turns and interquartile ranges; {config.new_tokens}
+new tokens after each prompt, {config.single} prompts one by one at batch 1. A
+speed-up is over our plain decoding of the same batch. Equal texts have the
+tokens of plain decoding, all of them. The roofline is one read of the method's
+own weights a step, with one token a prompt, at the {read:.1f} GB/s that a
+compiled sum reads here: drafting may pass it.
+
+{display.table(pick('temporary_bytes'), PROGRAMS).markdown()}
+
+Counted in the text of the compiled program, in its while loops and in all that
+they call: 0 copies of the shape of a layer's cache and 0 converts of the shape
+of a weight mean that a step neither moves the cache nor widens the weights.
+
+{display.table(pick('relative_cost'), ROUNDS).markdown()}
+"""
+
+
+def draw(rows: Sequence[workdirs.Row]) -> 'figures.Figure':
+  """Bars of tokens per second, with what reading the weights allows."""
+  rows = [row for row in rows if 'texts' in row or 'note' in row]
+  batches = list(dict.fromkeys(row['batch'] for row in rows))
+  groups = [[r for r in rows if r['batch'] == batch] for batch in batches]
+  figure, axes = display.figure(
+    width=8.0,
+    height=1.6 + 0.45 * len(rows),
+    nrows=len(groups),
+    squeeze=False,
+    height_ratios=[len(group) for group in groups],
+  )
+  for axis, group in zip(axes[:, 0], groups, strict=True):
+    places = range(len(group))
+    rates = [row.get('tokens_per_second', 0) for row in group]
+    bounds = [row.get('roofline_tokens_per_second') for row in group]
+    axis.barh(
+      places,
+      rates,
+      xerr=[row.get('tokens_per_second_spread', 0) / 2 for row in group],
+      color=['#1f6fb4' if n < 2 else '#b8bcc2' for n in places],
+      height=0.62,
+      error_kw={'ecolor': '#444444', 'elinewidth': 1, 'capsize': 2},
+    )
+    for place, row, bound in zip(places, group, bounds, strict=True):
+      label = row.get('note')
+      if not label:
+        label = f'{row["tokens_per_second"]:.1f}, {row["speedup"]:.2f}x'
+        axis.plot([bound] * 2, [place - 0.4, place + 0.4], 'k', linewidth=2)
+      axis.annotate(
+        label,
+        (rates[place] + row.get('tokens_per_second_spread', 0) / 2, place),
+        (4, 0),
+        textcoords='offset points',
+        va='center',
+        fontsize=8,
+      )
+    axis.set_yticks(places, [row['method'] for row in group])
+    axis.invert_yaxis()
+    axis.set_title(f'batch {group[0]["batch"]}', loc='left', fontsize=10)
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.margins(x=0.15)
+  axes[-1, 0].set_xlabel(
+    'tokens a second, and speed-up over plain; black: one read of the weights'
+    ' a step'
+  )
+  return figure
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the experiment from a command line."""
+  launch.run('benchmark_decode', experiment, argv)
+
+
+if __name__ == '__main__':
+  main(sys.argv)
