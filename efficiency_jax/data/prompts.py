@@ -42,8 +42,9 @@ def load(name: str) -> list[Prompt]:
         prompts.append(_READERS[name](json.loads(line)))
       except (ValueError, KeyError, TypeError, IndexError) as error:
         raise FileFormatError(
-            f'{path}: line {number} is not a prompt: remove the file, and it is'
-            ' fetched again.'
+            path,
+            f'line {number} is not a prompt',
+            'remove the file, and it is fetched again',
         ) from error
   return prompts
 

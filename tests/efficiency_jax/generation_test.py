@@ -1,0 +1,169 @@
+"""Text in, text out, on random weights: the promises of `generate`."""
+
+import numpy as np
+import pytest
+
+from efficiency_jax import generation
+from efficiency_jax.io import untrained
+from efficiency_jax.io.pretrained import LanguageModel
+from efficiency_jax.models import layers
+from efficiency_jax.models.config import DecoderConfig
+
+
+@pytest.fixture(scope='module')
+def lm():
+  return untrained.language_model()
+
+
+@pytest.fixture(scope='module')
+def other():
+  return untrained.language_model(seed=1)
+
+
+PROMPTS = ['to be or not to be or', 'héllo', 'x']
+
+
+@pytest.mark.short
+def test_methods_agree_on_greedy_text(lm, other):
+  plain = generation.generate(
+    lm, PROMPTS, drafter='plain', max_new_tokens=20
+  )
+  assert plain.guarantee == 'greedy'
+  for choices in (
+    dict(drafter='n-gram', draft_length=3),
+    dict(drafter='early exit', exit_layers=1, draft_length=2),
+    dict(drafter='draft model', draft=other, draft_length=2),
+  ):
+    mine = generation.generate(lm, PROMPTS, max_new_tokens=20, **choices)
+    for a, b in zip(plain.rows, mine.rows, strict=True):
+      np.testing.assert_array_equal(a.tokens, b.tokens)
+      assert a.text == b.text and a.finish == b.finish
+      assert len(b.run) == len(b.accepted_draft) == len(b.tokens)
+      assert b.run[-1] == b.statistics.runs
+      assert b.accepted_draft.sum() == b.statistics.accepted
+
+
+def test_adaptive_lengths_measure_their_costs_once(lm):
+  engine = generation.prepare(lm, drafter='n-gram')
+  result = generation.generate(engine, PROMPTS[:1], max_new_tokens=30)
+  assert set(result.rounds) == set(generation.ADAPTIVE_LENGTHS)
+  assert sum(result.rounds.values()) == result.statistics[0].runs
+  costs = [c for k, c in generation._COSTS.items() if k[0] == engine.decoder]
+  assert len(costs) == 1 and (costs[0] > 0).all()
+  generation.generate(engine, PROMPTS[:1], max_new_tokens=20)
+  again = [c for k, c in generation._COSTS.items() if k[0] == engine.decoder]
+  assert len(again) == 1 and again[0] is costs[0]
+  forced = generation.generate(
+    engine, PROMPTS[:1], max_new_tokens=30, force_length=7
+  )
+  assert forced.rounds[7] == sum(forced.rounds.values())
+  np.testing.assert_array_equal(forced.rows[0].tokens, result.rows[0].tokens)
+
+
+def test_coupled_text_is_the_plain_text_of_the_seed(lm):
+  settings = dict(temperature=1.0, top_p=0.9, seed=3, max_new_tokens=24)
+  coupled = dict(verifier='coupled')
+  plain = generation.generate(lm, PROMPTS, drafter='plain', **coupled, **settings)
+  drafted = generation.generate(
+    lm, PROMPTS, drafter='n-gram', draft_length=3, **coupled, **settings
+  )
+  assert plain.guarantee == drafted.guarantee == 'seed'
+  assert plain.texts == drafted.texts
+  # A row's text does not depend on the rows behind it.
+  alone = generation.generate(
+    lm, PROMPTS[:1], drafter='plain', **coupled, **settings
+  )
+  assert alone.texts[0] == plain.texts[0]
+
+
+def test_streaming_ends_with_the_whole_text(lm):
+  whole = generation.generate(
+    lm, PROMPTS, drafter='n-gram', draft_length=3, max_new_tokens=20
+  )
+  pieces = list(
+    generation.stream(
+      lm, PROMPTS, drafter='n-gram', draft_length=3, max_new_tokens=20, rounds=2
+    )
+  )
+  assert len(pieces) > 1
+  assert pieces[-1].texts == whole.texts
+  for before, after in zip(pieces, pieces[1:], strict=False):
+    for a, b in zip(before.texts, after.texts, strict=True):
+      assert b.startswith(a)
+
+
+def test_stop_strings_cut_text_and_end_the_row(lm):
+  whole = generation.generate(lm, PROMPTS[:1], drafter='plain', max_new_tokens=40)
+  stop = whole.texts[0][6:8]
+  cut = generation.generate(
+    lm, PROMPTS[:1], drafter='plain', max_new_tokens=40, stop_strings=[stop]
+  )
+  assert cut.texts[0] == whole.texts[0][: whole.texts[0].find(stop)]
+  assert cut.rows[0].finish == 'stop'
+  assert len(cut.rows[0].tokens) < 40
+
+
+def test_token_ids_are_prompts_too(lm):
+  ids = lm.tokenizer.encode(PROMPTS[0])
+  one = generation.generate(lm, [ids], drafter='plain', max_new_tokens=8)
+  two = generation.generate(lm, PROMPTS[:1], drafter='plain', max_new_tokens=8)
+  assert one.texts == two.texts
+
+
+@pytest.mark.parametrize(
+  ('change', 'said'),
+  [
+    (dict(drafter='telepathy'), "drafter 'telepathy' is unknown"),
+    (dict(verifier='vibes'), "verifier 'vibes' is unknown"),
+    (dict(draft_length=0), 'draft_length must be >= 1'),
+    (dict(drafter='draft model'), 'needs draft='),
+    (dict(drafter='early exit', exit_layers=9), 'num_layers must be in'),
+    (dict(temperature=-1.0), 'temperature must be >= 0'),
+    (dict(temperature=1.0, top_p=0.0), r'top_p must be in \(0, 1\]'),
+    (dict(temperature=1.0, verifier='greedy'), 'needs temperature 0'),
+    (dict(max_new_tokens=0), 'max_new_tokens must be >= 1'),
+    (dict(max_new_tokens=5000), 'more than the context'),
+    (dict(slots=16), 'slots must be >='),
+    (dict(stop_strings=['']), 'stop_strings'),
+    (dict(prompts=[]), 'at least one prompt'),
+    (dict(prompts=['']), 'prompt 0 is empty'),
+    (dict(prompts=[[999]]), 'tokens outside'),
+  ],
+)
+def test_mistakes_name_the_argument_and_the_remedy(lm, change, said):
+  arguments = {'prompts': PROMPTS[:1], 'drafter': 'n-gram', **change}
+  with pytest.raises(ValueError, match=said) as raised:
+    generation.generate(lm, arguments.pop('prompts'), **arguments)
+  assert '\n' not in str(raised.value)
+
+
+def test_a_draft_with_another_tokenizer_is_refused(lm):
+  config = DecoderConfig(
+    vocab_size=300,
+    width=16,
+    ffn_width=16,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=16,
+  )
+  stranger = untrained.language_model(config)
+  with pytest.raises(ValueError, match='different tokenizers'):
+    generation.prepare(lm, drafter='draft model', draft=stranger)
+
+
+def test_a_cut_of_the_target_drafts_and_all_layers_draft_perfectly(lm):
+  def cut(kept):
+    config, params = layers.select(lm.config, lm.params, kept)
+    return LanguageModel(
+      name='cut', config=config, params=params, tokenizer=lm.tokenizer
+    )
+
+  choices = dict(drafter='draft model', draft_length=3, max_new_tokens=16)
+  whole = generation.generate(lm, PROMPTS, draft=cut([0, 1]), **choices)
+  for row in whole.rows:
+    assert row.statistics.acceptance_rate == 1.0
+  half = generation.generate(lm, PROMPTS, draft=cut([1]), **choices)
+  assert half.texts == whole.texts
+  with pytest.raises(ValueError, match='layers must name blocks'):
+    cut([2])
