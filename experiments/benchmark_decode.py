@@ -9,6 +9,7 @@ rate is that of writing: reading the prompts has a column of its own.
 
 from collections.abc import Sequence
 import functools
+import os
 import pathlib
 import sys
 import tempfile
@@ -48,18 +49,27 @@ SPEEDS = {
   'milliseconds_per_step': 'ms/step',
   'tokens_per_step': 'tokens/step',
   'roofline_fraction': 'of roofline',
+  'weight_bytes': 'weight bytes',
   'prefill_seconds': 'prefill s',
   'texts_equal': 'equal texts',
   'texts': 'of',
   'note': 'note',
 }
+SHOWN = (
+  'method',
+  'batch',
+  'tokens_per_second',
+  'speedup',
+  'milliseconds_per_step',
+  'roofline_fraction',
+  'note',
+)
 PROGRAMS = {
   'method': 'method',
   'batch': 'batch',
   'cache_copies_in_loop': 'cache copies in loop',
   'weight_converts_in_loop': 'weight converts in loop',
   'temporary_bytes': 'temporary bytes',
-  'weight_bytes': 'weight bytes',
 }
 ROUNDS = {
   'batch': 'batch',
@@ -95,7 +105,8 @@ def experiment(
   workdir.write_results(rows)
   image = workdir.save_figure(draw(rows), 'tokens_per_second')
   workdir.write_report(report(config, rows, image.name))
-  display.table([r for r in rows if 'texts' in r or 'note' in r], SPEEDS).show()
+  shown = {field: SPEEDS[field] for field in SHOWN}
+  display.table(of_methods(rows), shown).show()
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -132,9 +143,17 @@ def load_prompts(
 
 
 def measure_memory() -> workdirs.Row:
-  """How fast weights can be read, which bounds plain decoding."""
-  rate = speed.read_bandwidth(repeats=16)
-  return {'method': 'memory read', 'baseline': None, 'bytes_per_second': rate}
+  """How fast weights can be read, which bounds plain decoding.
+
+  The load average of the minute before tells whether the machine was at rest:
+  tools whose threads wait for each other lose most beside other work.
+  """
+  return {
+    'method': 'memory read',
+    'baseline': None,
+    'load_average': os.getloadavg()[0] if hasattr(os, 'getloadavg') else None,
+    'bytes_per_second': speed.read_bandwidth(repeats=16),
+  }
 
 
 def round_rows(config, workdir, engine, batch: int) -> list[workdirs.Row]:
@@ -290,11 +309,17 @@ def file_of(config: ml_collections.ConfigDict) -> pathlib.Path:
   return path
 
 
+def of_methods(rows: Sequence[workdirs.Row]) -> list[workdirs.Row]:
+  """Rows of ways of decoding, measured or not."""
+  return [row for row in rows if 'texts' in row or 'note' in row]
+
+
 def report(config, rows: Sequence[workdirs.Row], image: str) -> str:
   """The tables that a person reads."""
   read = rows[0]['bytes_per_second'] / 1e9
+  load = rows[0]['load_average'] or 0.0
   pick = lambda field: [row for row in rows if field in row]
-  speeds = [row for row in rows if 'texts' in row or 'note' in row]
+  speeds = of_methods(rows)
   return f"""
 ![tokens per second]({image})
 
@@ -305,7 +330,8 @@ new tokens after each prompt, {config.single} prompts one by one at batch 1. A
 speed-up is over our plain decoding of the same batch. Equal texts have the
 tokens of plain decoding, all of them. The roofline is one read of the method's
 own weights a step, with one token a prompt, at the {read:.1f} GB/s that a
-compiled sum reads here: drafting may pass it.
+compiled sum reads here: drafting may pass it. The load average before the run
+was {load:.1f}; a machine at rest has one near 0.
 
 {display.table(pick('temporary_bytes'), PROGRAMS).markdown()}
 
@@ -319,11 +345,11 @@ of a weight mean that a step neither moves the cache nor widens the weights.
 
 def draw(rows: Sequence[workdirs.Row]) -> 'figures.Figure':
   """Bars of tokens per second, with what reading the weights allows."""
-  rows = [row for row in rows if 'texts' in row or 'note' in row]
+  rows = of_methods(rows)
   batches = list(dict.fromkeys(row['batch'] for row in rows))
   groups = [[r for r in rows if r['batch'] == batch] for batch in batches]
   figure, axes = display.figure(
-    width=8.0,
+    width=8.5,
     height=1.6 + 0.45 * len(rows),
     nrows=len(groups),
     squeeze=False,
@@ -332,7 +358,7 @@ def draw(rows: Sequence[workdirs.Row]) -> 'figures.Figure':
   for axis, group in zip(axes[:, 0], groups, strict=True):
     places = range(len(group))
     rates = [row.get('tokens_per_second', 0) for row in group]
-    bounds = [row.get('roofline_tokens_per_second') for row in group]
+    named = False
     axis.barh(
       places,
       rates,
@@ -341,27 +367,48 @@ def draw(rows: Sequence[workdirs.Row]) -> 'figures.Figure':
       height=0.62,
       error_kw={'ecolor': '#444444', 'elinewidth': 1, 'capsize': 2},
     )
-    for place, row, bound in zip(places, group, bounds, strict=True):
+    for place, row in zip(places, group, strict=True):
       label = row.get('note')
       if not label:
-        label = f'{row["tokens_per_second"]:.1f}, {row["speedup"]:.2f}x'
-        axis.plot([bound] * 2, [place - 0.4, place + 0.4], 'k', linewidth=2)
-      axis.annotate(
+        label = (
+          f'{row["tokens_per_second"]:,.1f} ({row["speedup"]:.2f}x),'
+          f' {row["weight_bytes"] / 1e6:,.0f} MB'
+        )
+        axis.plot(
+          [row['roofline_tokens_per_second']] * 2,
+          [place - 0.4, place + 0.4],
+          color='#222222',
+          linewidth=2,
+          label=None if named else 'what one read of the weights a step allows',
+        )
+        named = True
+      axis.text(
+        1.02 if 'texts' in row else 0.01,
+        place,
         label,
-        (rates[place] + row.get('tokens_per_second_spread', 0) / 2, place),
-        (4, 0),
-        textcoords='offset points',
+        transform=axis.get_yaxis_transform(),
         va='center',
-        fontsize=8,
+        fontsize=9,
       )
     axis.set_yticks(places, [row['method'] for row in group])
     axis.invert_yaxis()
     axis.set_title(f'batch {group[0]["batch"]}', loc='left', fontsize=10)
+    axis.set_xlim(left=0)
     axis.spines[['top', 'right']].set_visible(False)
-    axis.margins(x=0.15)
-  axes[-1, 0].set_xlabel(
-    'tokens a second, and speed-up over plain; black: one read of the weights'
-    ' a step'
+  axes[0, 0].text(
+    1.02,
+    1.0,
+    'tokens/s (over plain), weights',
+    transform=axes[0, 0].transAxes,
+    va='bottom',
+    fontsize=9,
+  )
+  axes[-1, 0].set_xlabel('tokens a second')
+  figure.legend(
+    *axes[0, 0].get_legend_handles_labels(),
+    frameon=False,
+    fontsize=9,
+    loc='outside upper center',
   )
   return figure
 

@@ -117,7 +117,7 @@ def _sample(
   """From the time and the length of the text after every pass."""
   (first, start), (last, end) = ends[0], ends[-1]
   return candidates.Sample(
-    tokens=tokens,
+    tokens=[tokens],
     prefill_seconds=first - begin,
     decode_seconds=last - first,
     decoded=end - start,

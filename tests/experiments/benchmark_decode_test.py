@@ -39,6 +39,7 @@ def _rows(folder):
   return json.loads((folder / 'results.json').read_text())['rows']
 
 
+@pytest.mark.slow
 def test_every_candidate_has_a_row(made):
   rows = {(row['method'], row.get('batch')): row for row in _rows(made)}
   assert rows['memory read', None]['bytes_per_second'] > 0
@@ -58,6 +59,7 @@ def test_every_candidate_has_a_row(made):
   assert ('transformers', 2) not in rows
 
 
+@pytest.mark.slow
 def test_the_compiled_loop_copies_no_cache_and_converts_no_weight(made):
   read = [row for row in _rows(made) if 'temporary_bytes' in row]
   assert len(read) == 4
@@ -65,6 +67,7 @@ def test_the_compiled_loop_copies_no_cache_and_converts_no_weight(made):
   assert [row['weight_converts_in_loop'] for row in read] == [0] * 4
 
 
+@pytest.mark.slow
 def test_the_report_shows_all_of_it(made):
   report = (made / 'report.md').read_text()
   for phrase in (
@@ -78,6 +81,7 @@ def test_the_report_shows_all_of_it(made):
   assert image.startswith(b'\x89PNG')
 
 
+@pytest.mark.slow
 def test_a_finished_run_measures_nothing_again(made, monkeypatch):
   def measured(*_, **__):
     raise AssertionError('nothing is left to measure')

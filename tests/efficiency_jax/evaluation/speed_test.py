@@ -157,3 +157,63 @@ def test_read_bandwidth_is_that_of_some_machine():
 def test_read_bandwidth_refuses_an_array_that_fits_a_cache():
   with pytest.raises(ValueError, match='size must be at least'):
     speed.read_bandwidth(1000)
+
+
+def _program(fn, *args):
+  return jax.jit(fn).lower(*args).compile().as_text()
+
+
+def test_loop_operations_finds_what_a_loop_copies():
+  def branches(x, i):
+    grow = [lambda x, n=n: x.at[n].add(1.0) for n in (0, 3)]
+    step = lambda c: (jax.lax.switch(c[1] % 2, grow, c[0]), c[1] + 1)
+    return jax.lax.while_loop(lambda c: c[1] < 9, step, (x, i))
+
+  def in_place(x, i):
+    step = lambda c: (c[0].at[c[1]].set(1.0), c[1] + 1)
+    return jax.lax.while_loop(lambda c: c[1] < 9, step, (x, i))
+
+  arguments = (jnp.ones((40, 50)), jnp.int32(0))
+  copied = speed.loop_operations(_program(branches, *arguments))
+  assert copied['copy', (40, 50)] >= 1
+  clean = speed.loop_operations(_program(in_place, *arguments))
+  assert clean['copy', (40, 50)] == 0
+  assert clean['dynamic-update-slice', (40, 50)] == 1
+
+
+def test_loop_operations_counts_inside_what_a_loop_calls_and_nowhere_else():
+  program = """HloModule m
+
+%fused (p: bf16[4,8]) -> f32[4,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %c = f32[4,8]{1,0} convert(%p), metadata={op_name="x"}
+}
+
+body (t: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  t = (s32[], f32[4,8]{1,0}) parameter(0)
+  f = f32[4,8]{1,0:T(8,128)} fusion(t), kind=kLoop, calls=%fused
+  ROOT r = (s32[], f32[4,8]{1,0}) tuple(t, f)
+}
+
+%cond (t: (s32[], f32[4,8])) -> pred[] {
+  ROOT %k = pred[] call(t), to_apply=%less
+}
+
+%less (t: s32[]) -> pred[] {
+  ROOT %l = pred[] compare(t, t), direction=LT
+}
+
+ENTRY %main (x: f32[4,8]) -> f32[4,8] {
+  %copy.1 = f32[4,8]{1,0} copy(%x)
+  %w = (s32[], f32[4,8]{1,0}) while(%copy.1), condition=%cond, body=%body
+  ROOT %g = f32[4,8]{1,0} get-tuple-element(%w), index=1
+}
+"""
+  found = speed.loop_operations(program)
+  assert found == {
+    ('parameter', (4, 8)): 1,
+    ('convert', (4, 8)): 1,
+    ('fusion', (4, 8)): 1,
+    ('call', ()): 1,
+    ('compare', ()): 1,
+  }
