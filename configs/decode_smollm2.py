@@ -31,12 +31,14 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   config.stop = True  # end a row at the model's stop tokens
   # Each is 'drafter' or 'drafter/verifier', with ', LENGTH' for a fixed draft.
   config.methods = ('n-gram', 'early exit, 3', 'draft model, 3')
-  config.fixed_lengths = (3, 7) if demo else (3, 7, 15)  # of n-gram, beside the adaptive one
+  config.fixed_lengths = (
+    (3, 7) if demo else (3, 7, 15)
+  )  # of n-gram, beside the adaptive one
   config.exit_layers = 10
   config.draft_every = 3  # the draft model: every third layer, untrained
   config.repeats = 1
   config.seed = 0
   config.sampling = ml_collections.ConfigDict(
-    dict(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+    {'temperature': 0.0, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0}
   )
   return config

@@ -5,16 +5,16 @@ and `logits_from_table` and never looks inside.
 """
 
 import jax
-import jax.numpy as jnp
 from jax import lax
+import jax.numpy as jnp
 
 
 def linear(
-    x: jax.Array,  # [..., I]
-    kernel: jax.Array,  # [I, O]
-    bias: jax.Array | None = None,  # [O]
+  x: jax.Array,  # [..., I]
+  kernel: jax.Array,  # [I, O]
+  bias: jax.Array | None = None,  # [O]
 ) -> jax.Array:
-  """Returns `x @ kernel + bias`, accumulated in float32, in the dtype of `x`."""
+  """Returns `x @ kernel + bias` in the dtype of `x`, summed in float32."""
   y = _dot(x, kernel, contract=0)
   if bias is not None:
     bias = jnp.expand_dims(bias.astype(jnp.float32), range(y.ndim - 1))
@@ -23,8 +23,8 @@ def linear(
 
 
 def logits_from_table(
-    x: jax.Array,  # [..., D]
-    table: jax.Array,  # [V, D]
+  x: jax.Array,  # [..., D]
+  table: jax.Array,  # [V, D]
 ) -> jax.Array:
   """Scores every row of an embedding table: `x @ table.T`, [..., V] float32."""
   return _dot(x, table, contract=1)
@@ -44,9 +44,9 @@ def _dot(x: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
   if pad:
     rows = jnp.concatenate([rows, rows])
   y = lax.dot_general(
-      rows,
-      weight,
-      (((1,), (contract,)), ((), ())),
-      preferred_element_type=jnp.float32,
+    rows,
+    weight,
+    (((1,), (contract,)), ((), ())),
+    preferred_element_type=jnp.float32,
   )
   return (y[:1] if pad else y).reshape(*x.shape[:-1], -1)

@@ -17,8 +17,8 @@ from efficiency_jax.types import Params
 def path_string(path: tuple[Any, ...]) -> str:
   """A `jax.tree_util` key path as `layers_0/attention/qkv/kernel`."""
   return '/'.join(
-      str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key))))
-      for key in path
+    str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key))))
+    for key in path
   )
 
 

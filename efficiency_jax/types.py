@@ -39,10 +39,10 @@ class ApplyFn(Protocol):
   """A language model as a function: parameters and tokens in, arrays out."""
 
   def __call__(
-      self,
-      params: Params,
-      tokens: jax.Array,  # [B, T] int32
-      cache: Cache | None = None,
+    self,
+    params: Params,
+    tokens: jax.Array,  # [B, T] int32
+    cache: Cache | None = None,
   ) -> tuple[ModelOutput, Cache | None]:
     """Scores `tokens` after the positions that `cache` holds.
 

@@ -19,6 +19,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from efficiency_jax import engine as engine_lib
 from efficiency_jax import generation
 from efficiency_jax import trees
 from efficiency_jax.decoding import prefill
@@ -86,7 +87,7 @@ def experiment(
   check(config)
   lm = decode.load_model(config)
   prompts = load_prompts(lm, config)
-  prepare = functools.partial(generation.prepare, lm, stop=False)
+  prepare = functools.partial(engine_lib.prepare, lm, stop=False)
   engines = {PLAIN: prepare(drafter='plain'), NGRAM: prepare(drafter='n-gram')}
   memory = workdir.row('memory', measure_memory)
   rows = [memory]
@@ -159,7 +160,7 @@ def measure_memory() -> workdirs.Row:
 def round_rows(config, workdir, engine, batch: int) -> list[workdirs.Row]:
   """The cost table: seconds a round of each draft length."""
   costs = functools.cache(
-    lambda: generation.measured_costs(
+    lambda: engine_lib.measured_costs(
       engine, sampling.GREEDY, batch, slots(config, engine)
     )
   )
@@ -245,7 +246,7 @@ def write(config, engine, groups, costs) -> candidates.Sample:
   return candidates.total(samples)
 
 
-def slots(config, engine: generation.Engine) -> int:
+def slots(config, engine: engine_lib.Engine) -> int:
   """One buffer size for all prompts: one compiled program."""
   return config.max_prompt_tokens + config.new_tokens + engine.decoder.slack
 
@@ -253,7 +254,7 @@ def slots(config, engine: generation.Engine) -> int:
 def read_program(config, lm, engine, batch: int) -> workdirs.Row:
   """What the compiled loop does besides decoding: it should be nothing."""
   size = slots(config, engine)
-  program = generation.compiled(engine, sampling.GREEDY, batch, size)
+  program = engine_lib.compiled(engine, sampling.GREEDY, batch, size)
   found = speed.loop_operations(program.as_text())
   cache = jax.eval_shape(
     lambda: kv_cache.init(lm.config, batch, prefill.slots_for(size))

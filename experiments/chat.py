@@ -16,6 +16,7 @@ from absl import flags
 import jax
 import rich.console
 
+from efficiency_jax import engine as engine_lib
 from efficiency_jax import generation
 from efficiency_jax.decoding import sampling
 from efficiency_jax.io import assets
@@ -59,7 +60,7 @@ class Chat:
       ValueError: The model cannot chat, or a number is out of range.
     """
     settings = sampling.make(1, temperature=temperature, top_p=top_p)
-    self.engine = generation.prepare(
+    self.engine = engine_lib.prepare(
       lm, drafter=drafter, greedy=sampling.is_greedy(settings)
     )
     self.messages = []

@@ -14,12 +14,17 @@ import sys
 import ml_collections
 import rich.console
 
+from efficiency_jax import engine as engine_lib
 from efficiency_jax import generation
 from efficiency_jax.data import prompts as prompt_sets
 from efficiency_jax.evaluation import decoding
-from efficiency_jax.io import pretrained, untrained
+from efficiency_jax.io import pretrained
+from efficiency_jax.io import untrained
 from efficiency_jax.models import layers
-from experiments import display, figures, launch, trace
+from experiments import display
+from experiments import figures
+from experiments import launch
+from experiments import trace
 from experiments import workdir as workdirs
 
 COLUMNS = {
@@ -130,16 +135,18 @@ def build_methods(lm, config) -> list[decoding.Method]:
     params=params,
     tokenizer=lm.tokenizer,
   )
-  chosen = [decoding.Method(
-    name='plain',
-    engine=generation.prepare(
-      lm,
-      drafter='plain',
-      greedy=greedy,
-      verifier=None if greedy else 'coupled',
-      stop=config.stop,
-    ),
-  )]
+  chosen = [
+    decoding.Method(
+      name='plain',
+      engine=engine_lib.prepare(
+        lm,
+        drafter='plain',
+        greedy=greedy,
+        verifier=None if greedy else 'coupled',
+        stop=config.stop,
+      ),
+    )
+  ]
   for name in config.methods:
     kind, _, length = name.partition(', ')
     drafter, _, verifier = kind.partition('/')
@@ -148,7 +155,7 @@ def build_methods(lm, config) -> list[decoding.Method]:
         f"methods are 'drafter', 'drafter/verifier' or either with ', LENGTH':"
         f' {name!r} is none of them.'
       )
-    engine = generation.prepare(
+    engine = engine_lib.prepare(
       lm,
       drafter=drafter,
       draft=draft if drafter == 'draft model' else None,

@@ -20,9 +20,7 @@ def speedup_by_length(
   measured cost of a round, and horizontal lines measured with the adaptive one.
   """
   panels = list(
-    dict.fromkeys(
-      row['prompts'] for row in rows if '/' not in row['prompts']
-    )
+    dict.fromkeys(row['prompts'] for row in rows if '/' not in row['prompts'])
   )
   figure, axes = display.figure(
     width=4.6 * len(panels) + 0.6,

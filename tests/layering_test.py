@@ -27,6 +27,7 @@ TECHNIQUES = {
 }
 BELOW_TRAINING = GROUND | TECHNIQUES | {'models', 'io', 'data', 'distributed'}
 LIBRARY = BELOW_TRAINING | {
+  'engine',
   'evaluation',
   'footprint',
   'generation',
@@ -46,10 +47,11 @@ MAY_IMPORT = {
   **{technique: GROUND | {'models'} for technique in TECHNIQUES},
   # QLoRA is LoRA over a 4-bit model: the method itself needs both.
   'adaptation': GROUND | {'models', 'quantization'},
-  # Text in, text out: a tokenizer around a decoder.
-  'generation': GROUND | {'models', 'io', 'decoding'},
+  # A model made ready to decode; and text in, text out around it.
+  'engine': GROUND | {'models', 'io', 'decoding'},
+  'generation': GROUND | {'models', 'io', 'decoding', 'engine'},
   'training': BELOW_TRAINING,
-  'evaluation': BELOW_TRAINING | {'generation'},
+  'evaluation': BELOW_TRAINING | {'engine', 'generation'},
   'footprint': BELOW_TRAINING,
   # The package's own __init__: the names a reader meets first.
   'efficiency_jax': LIBRARY,

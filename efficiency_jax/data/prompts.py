@@ -42,32 +42,32 @@ def load(name: str) -> list[Prompt]:
         prompts.append(_READERS[name](json.loads(line)))
       except (ValueError, KeyError, TypeError, IndexError) as error:
         raise FileFormatError(
-            path,
-            f'line {number} is not a prompt',
-            'remove the file, and it is fetched again',
+          path,
+          f'line {number} is not a prompt',
+          'remove the file, and it is fetched again',
         ) from error
   return prompts
 
 
 def _mt_bench(record: dict) -> Prompt:
   return Prompt(
-      name=f'mt-bench/{record["question_id"]}',
-      category=record['category'],
-      message=record['turns'][0],
+    name=f'mt-bench/{record["question_id"]}',
+    category=record['category'],
+    message=record['turns'][0],
   )
 
 
 def _humaneval(record: dict) -> Prompt:
   ask = 'Complete this Python function.\n\n```python\n'
   return Prompt(
-      name=record['task_id'],
-      category='humaneval',
-      message=ask + record['prompt'].rstrip() + '\n```',
+    name=record['task_id'],
+    category='humaneval',
+    message=ask + record['prompt'].rstrip() + '\n```',
   )
 
 
 _READERS: dict[str, Callable[[dict], Prompt]] = {
-    'mt-bench': _mt_bench,
-    'humaneval': _humaneval,
+  'mt-bench': _mt_bench,
+  'humaneval': _humaneval,
 }
 SETS = ', '.join(sorted(_READERS))

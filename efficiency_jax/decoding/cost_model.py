@@ -37,7 +37,9 @@ def operations_increase(alpha: float, gamma: int, cost_ratio: float) -> float:
   return (gamma * cost_ratio + gamma + 1) / tokens
 
 
-def effective_cost_ratio(round_seconds: float, plain: float, gamma: int) -> float:
+def effective_cost_ratio(
+  round_seconds: float, plain: float, gamma: int
+) -> float:
   """The c that makes a measured round cost `gamma c + 1` plain steps."""
   if gamma < 1:
     raise ValueError(f'gamma must be >= 1, got {gamma}.')

@@ -8,16 +8,17 @@ import numpy as np
 
 from efficiency_jax.decoding import speculative
 from efficiency_jax.decoding.drafters import Weights
-from efficiency_jax.decoding.speculative import Decoder, State
+from efficiency_jax.decoding.speculative import Decoder
+from efficiency_jax.decoding.speculative import State
 
 
 def measure(
-    decoder: Decoder,
-    weights: Weights,
-    state: State,
-    *,
-    rounds: int = 6,
-    repeats: int = 3,
+  decoder: Decoder,
+  weights: Weights,
+  state: State,
+  *,
+  rounds: int = 6,
+  repeats: int = 3,
 ) -> np.ndarray:
   """Times the compiled loop itself, forced to one draft length after another.
 
@@ -40,8 +41,8 @@ def measure(
   room = np.asarray(state.limit - state.length).min()
   if room < rounds * (decoder.schedule.longest + 1):
     raise ValueError(
-        f'rows need room for {rounds} rounds of {decoder.schedule.longest + 1}'
-        f' tokens, got {room}: raise the limit or lower rounds.'
+      f'rows need room for {rounds} rounds of {decoder.schedule.longest + 1}'
+      f' tokens, got {room}: raise the limit or lower rounds.'
     )
   begin_length = np.asarray(state.length)
   # No token ends a row, so that every sample has all its rounds.
@@ -52,13 +53,13 @@ def measure(
     for index in range(len(lengths)):
       length = jnp.asarray(begin_length)
       state = state._replace(
-          length=length,
-          done=jnp.zeros(length.shape, bool),
-          cache=state.cache._replace(length=length - 1),
+        length=length,
+        done=jnp.zeros(length.shape, bool),
+        cache=state.cache._replace(length=length - 1),
       )
       begin = time.perf_counter()
       state = speculative.run(
-          decoder, weights, state, jnp.int32(rounds), no_costs, jnp.int32(index)
+        decoder, weights, state, jnp.int32(rounds), no_costs, jnp.int32(index)
       )
       jax.block_until_ready(state.length)
       seconds[repeat, index] = (time.perf_counter() - begin) / rounds

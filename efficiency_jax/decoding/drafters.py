@@ -15,15 +15,17 @@ import dataclasses
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 from jax import lax
+import jax.numpy as jnp
 
 from efficiency_jax.decoding import sampling as sampling_lib
 from efficiency_jax.decoding.prefill import prefill
-from efficiency_jax.decoding.sampling import Purpose, Sampling
+from efficiency_jax.decoding.sampling import Purpose
+from efficiency_jax.decoding.sampling import Sampling
 from efficiency_jax.decoding.verifiers import Proposal
-from efficiency_jax.types import ApplyFn, Cache, Params
-
+from efficiency_jax.types import ApplyFn
+from efficiency_jax.types import Cache
+from efficiency_jax.types import Params
 
 # Tokens that a draft model behind the text takes in at a time.
 _CATCH_UP = 16
@@ -63,19 +65,19 @@ class Drafter(Protocol):
     ...
 
   def propose(
-      self,
-      weights: Weights,
-      state: Any,
-      cache: Cache,
-      context: Context,
-      length: int,
-      purpose: Purpose,
+    self,
+    weights: Weights,
+    state: Any,
+    cache: Cache,
+    context: Context,
+    length: int,
+    purpose: Purpose,
   ) -> tuple[Proposal, Any, Cache]:
     """Drafts `length` tokens a row."""
     ...
 
   def observe(
-      self, state: Any, context: Context, longest: int
+    self, state: Any, context: Context, longest: int
   ) -> tuple[Any, Forecast]:
     """Takes in committed tokens before the next round."""
     ...
@@ -136,8 +138,8 @@ class NGram:
   def __post_init__(self):
     if not 1 <= self.shortest_match <= self.longest_match:
       raise ValueError(
-          'shortest_match must be in 1..longest_match ='
-          f' {self.longest_match}, got {self.shortest_match}.'
+        'shortest_match must be in 1..longest_match ='
+        f' {self.longest_match}, got {self.shortest_match}.'
       )
 
   @property
@@ -150,9 +152,9 @@ class NGram:
     del weights
     batch = context.length.shape[0]
     return Proposal(
-        jnp.zeros((batch, longest), jnp.int32),
-        jnp.zeros((batch,), jnp.int32),
-        None,
+      jnp.zeros((batch, longest), jnp.int32),
+      jnp.zeros((batch,), jnp.int32),
+      None,
     )
 
   def propose(self, weights, state, cache, context, length, purpose):
@@ -170,7 +172,7 @@ class NGram:
     still = slots[None] < length[:, None] - 1  # an end of an earlier n-gram
     for back in range(self.longest_match):
       last = jnp.take_along_axis(
-          tokens, jnp.maximum(length - 1 - back, 0)[:, None], axis=1
+        tokens, jnp.maximum(length - 1 - back, 0)[:, None], axis=1
       )
       shifted = jnp.pad(tokens, ((0, 0), (back, 0)))[:, : tokens.shape[1]]
       still &= (shifted == last) & (slots >= back)
@@ -207,7 +209,7 @@ class DraftModel:
     batch, slots = context.tokens.shape
     cache = self.init_cache(batch, slots + longest)
     return prefill(
-        self.apply, weights.draft, context.tokens, context.length, cache
+      self.apply, weights.draft, context.tokens, context.length, cache
     )
 
   def propose(self, weights, state, cache, context, length, purpose):
@@ -220,7 +222,7 @@ class DraftModel:
     state = self._catch_up(weights, state, context)
     start = jnp.maximum(context.length - 2, 0)
     first = jnp.take_along_axis(
-        context.tokens, start[:, None] + jnp.arange(2), axis=1
+      context.tokens, start[:, None] + jnp.arange(2), axis=1
     )
     state = state._replace(length=start)
 
@@ -232,7 +234,7 @@ class DraftModel:
     logits = jnp.take_along_axis(output.logits, last, axis=1)
     state = state._replace(length=context.length)
     proposal, state = _sample_chain(
-        feed, logits, state, context, length, purpose
+      feed, logits, state, context, length, purpose
     )
     return proposal, state, cache
 
@@ -288,11 +290,11 @@ class EarlyExit:
 
     cursor = cache.length
     anchor = jnp.take_along_axis(
-        context.tokens, context.length[:, None] - 1, axis=1
+      context.tokens, context.length[:, None] - 1, axis=1
     )
     output, cache = feed(anchor, cache)
     proposal, cache = _sample_chain(
-        feed, output.logits, cache, context, length, purpose
+      feed, output.logits, cache, context, length, purpose
     )
     return proposal, state, cache._replace(length=cursor)
 
@@ -307,7 +309,7 @@ def _always(context: Context, longest: int) -> Forecast:
 
 
 def _sample_chain(
-    feed, logits, cache: Cache, context: Context, length: int, purpose: Purpose
+  feed, logits, cache: Cache, context: Context, length: int, purpose: Purpose
 ) -> tuple[Proposal, Cache]:
   """Draws `length` tokens, feeding each back; `logits` [B, 1, V] start it.
 
@@ -317,7 +319,7 @@ def _sample_chain(
   seen = None
   if context.sampling.repetition_penalty is not None:
     seen = sampling_lib.seen_tokens(
-        context.tokens, context.length, logits.shape[-1]
+      context.tokens, context.length, logits.shape[-1]
     )[:, None]
 
   # Noise shared with plain sampling has a place, other noise also a round.
@@ -329,9 +331,7 @@ def _sample_chain(
       token = jnp.argmax(q, axis=-1).astype(jnp.int32)
     else:
       position = (context.length + index)[:, None]
-      keys = sampling_lib.position_keys(
-          context.keys, position, purpose, start
-      )
+      keys = sampling_lib.position_keys(context.keys, position, purpose, start)
       token = sampling_lib.draw(keys, q)
     if seen is not None:
       seen |= jax.nn.one_hot(token, logits.shape[-1], dtype=bool)
@@ -345,7 +345,7 @@ def _sample_chain(
 
   token, q, seen = draw(logits, seen, 0)
   (_, _, cache), (tokens, kept) = lax.scan(
-      step, (token, seen, cache), jnp.arange(1, length)
+    step, (token, seen, cache), jnp.arange(1, length)
   )
   tokens = jnp.concatenate([token[None], tokens]).swapaxes(0, 1)[..., 0]
   kept = jnp.concatenate([q[None], kept]).swapaxes(0, 1)[:, :, 0]

@@ -3,10 +3,12 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax import lax
+import jax.numpy as jnp
 
-from efficiency_jax.types import ApplyFn, Cache, Params
+from efficiency_jax.types import ApplyFn
+from efficiency_jax.types import Cache
+from efficiency_jax.types import Params
 
 # Tokens a forward pass takes at a time: wide enough to be bound by arithmetic,
 # and one width, so that every prompt length runs the same compiled program.
@@ -19,14 +21,14 @@ def slots_for(tokens: int) -> int:
 
 
 @functools.partial(
-    jax.jit, static_argnames=('apply',), donate_argnames=('cache',)
+  jax.jit, static_argnames=('apply',), donate_argnames=('cache',)
 )
 def prefill(
-    apply: ApplyFn,
-    params: Params,
-    tokens: jax.Array,  # [B, N] int32, right-padded
-    length: jax.Array,  # [B] int32, at least 1
-    cache: Cache,
+  apply: ApplyFn,
+  params: Params,
+  tokens: jax.Array,  # [B, N] int32, right-padded
+  length: jax.Array,  # [B] int32, at least 1
+  cache: Cache,
 ) -> Cache:
   """Fills the cache with positions `0 .. length - 2` of every row.
 
@@ -47,6 +49,6 @@ def prefill(
 
   last = (length.max() - 1 + CHUNK - 1) // CHUNK
   _, cache = lax.while_loop(
-      lambda carry: carry[0] < last, body, (jnp.int32(0), cache)
+    lambda carry: carry[0] < last, body, (jnp.int32(0), cache)
   )
   return cache._replace(length=length - 1)

@@ -43,13 +43,13 @@ GREEDY = Sampling()
 
 
 def make(
-    batch: int,
-    *,
-    temperature: float | list[float] = 0.0,
-    top_k: int | list[int] = 0,
-    top_p: float | list[float] = 1.0,
-    min_p: float | list[float] = 0.0,
-    repetition_penalty: float | list[float] = 1.0,
+  batch: int,
+  *,
+  temperature: float | list[float] = 0.0,
+  top_k: int | list[int] = 0,
+  top_p: float | list[float] = 1.0,
+  min_p: float | list[float] = 0.0,
+  repetition_penalty: float | list[float] = 1.0,
 ) -> Sampling:
   """Checks settings given once or for each row, and drops the inactive ones.
 
@@ -69,25 +69,25 @@ def make(
     return jnp.asarray(np.broadcast_to(array, (batch,)), dtype)
 
   return Sampling(
-      rows('temperature', temperature, jnp.float32, lambda t: t >= 0, 0, '>= 0'),
-      rows(
-          'top_k',
-          top_k,
-          jnp.int32,
-          lambda k: 0 <= k < 2**31 and k == int(k),
-          0,
-          'a whole number >= 0 (0 keeps all)',
-      ),
-      rows('top_p', top_p, jnp.float32, lambda p: 0 < p <= 1, 1, 'in (0, 1]'),
-      rows('min_p', min_p, jnp.float32, lambda p: 0 <= p < 1, 0, 'in [0, 1)'),
-      rows(
-          'repetition_penalty',
-          repetition_penalty,
-          jnp.float32,
-          lambda r: r > 0,
-          1,
-          '> 0 (1 is none)',
-      ),
+    rows('temperature', temperature, jnp.float32, lambda t: t >= 0, 0, '>= 0'),
+    rows(
+      'top_k',
+      top_k,
+      jnp.int32,
+      lambda k: 0 <= k < 2**31 and k == int(k),
+      0,
+      'a whole number >= 0 (0 keeps all)',
+    ),
+    rows('top_p', top_p, jnp.float32, lambda p: 0 < p <= 1, 1, 'in (0, 1]'),
+    rows('min_p', min_p, jnp.float32, lambda p: 0 <= p < 1, 0, 'in [0, 1)'),
+    rows(
+      'repetition_penalty',
+      repetition_penalty,
+      jnp.float32,
+      lambda r: r > 0,
+      1,
+      '> 0 (1 is none)',
+    ),
   )
 
 
@@ -97,9 +97,9 @@ def is_greedy(sampling: Sampling) -> bool:
 
 
 def processed_logits(
-    logits: jax.Array,  # [B, T, V]
-    sampling: Sampling,
-    seen: jax.Array | None = None,  # [B, T, V] bool
+  logits: jax.Array,  # [B, T, V]
+  sampling: Sampling,
+  seen: jax.Array | None = None,  # [B, T, V] bool
 ) -> jax.Array:
   """Log-weights of the distribution that row b samples from: [B, T, V] float32.
 
@@ -130,17 +130,17 @@ def processed_logits(
   if sampling.top_p is not None:
     logits = _keep_top_p(logits, sampling.top_p[:, None, None])
   if sampling.min_p is not None:
-    threshold = logits.max(-1, keepdims=True) + jnp.log(sampling.min_p)[
-        :, None, None
-    ]
+    threshold = (
+      logits.max(-1, keepdims=True) + jnp.log(sampling.min_p)[:, None, None]
+    )
     logits = jnp.where(logits < threshold, -jnp.inf, logits)
   return jnp.where(greedy, point_mass, logits)
 
 
 def seen_tokens(
-    tokens: jax.Array,  # [B, N] int32
-    length: jax.Array,  # [B] int32
-    vocab_size: int,
+  tokens: jax.Array,  # [B, N] int32
+  length: jax.Array,  # [B] int32
+  vocab_size: int,
 ) -> jax.Array:
   """Which tokens occur in the first `length[b]` of row b: [B, V] bool."""
   live = jnp.arange(tokens.shape[1]) < length[:, None]
@@ -155,10 +155,10 @@ def row_keys(seed: int, rows: jax.Array) -> jax.Array:
 
 
 def position_keys(
-    keys: jax.Array,  # [B] typed keys
-    positions: jax.Array,  # [B, T] int32
-    purpose: Purpose,
-    start: jax.Array | None = None,  # [B] int32
+  keys: jax.Array,  # [B] typed keys
+  positions: jax.Array,  # [B, T] int32
+  purpose: Purpose,
+  start: jax.Array | None = None,  # [B] int32
 ) -> jax.Array:
   """The key of every (row, position, purpose): typed keys [B, T].
 
@@ -174,13 +174,13 @@ def position_keys(
 
   row = jax.vmap(one, (None, 0, None))
   return jax.vmap(row, (0, 0, None if start is None else 0))(
-      keys, positions, start
+    keys, positions, start
   )
 
 
 def draw(
-    keys: jax.Array,  # [B, T] typed keys
-    logits: jax.Array,  # [B, T, V] processed
+  keys: jax.Array,  # [B, T] typed keys
+  logits: jax.Array,  # [B, T, V] processed
 ) -> jax.Array:
   """A token of softmax(logits) at every position, as an arg max: [B, T] int32.
 

@@ -45,7 +45,7 @@ class Schedule:
   def __post_init__(self):
     if not self.lengths or any(g < 0 for g in self.lengths):
       raise ValueError(
-          f'draft lengths must be >= 0 and at least one, got {self.lengths}.'
+        f'draft lengths must be >= 0 and at least one, got {self.lengths}.'
       )
     if tuple(sorted(set(self.lengths))) != self.lengths:
       raise ValueError(f'draft lengths must ascend, got {self.lengths}.')
@@ -72,11 +72,11 @@ def init(batch: int, num_kinds: int) -> Estimate:
 
 
 def observe(
-    schedule: Schedule,
-    estimate: Estimate,
-    kind: jax.Array,  # [B] int32
-    accepted: jax.Array,  # [B] int32
-    tested: jax.Array,  # [B] int32: accepted, and the refused one if any
+  schedule: Schedule,
+  estimate: Estimate,
+  kind: jax.Array,  # [B] int32
+  accepted: jax.Array,  # [B] int32
+  tested: jax.Array,  # [B] int32: accepted, and the refused one if any
 ) -> Estimate:
   """Counts a round; rows with `tested` 0 only recover."""
   kinds = jnp.arange(estimate.accepted.shape[1])
@@ -84,22 +84,22 @@ def observe(
   fade = schedule.recovery * jnp.where(hit, schedule.decay, 1.0)
   add = lambda old, new: old * fade + jnp.where(hit, new[:, None], 0)
   return Estimate(
-      add(estimate.accepted, accepted), add(estimate.refused, tested - accepted)
+    add(estimate.accepted, accepted), add(estimate.refused, tested - accepted)
   )
 
 
 def choose(
-    schedule: Schedule,
-    estimate: Estimate,
-    kind: jax.Array,  # [B] int32
-    count: jax.Array,  # [B] int32, tokens that the drafter can draft
-    live: jax.Array,  # [B] bool
-    costs: jax.Array,  # [len(lengths)] seconds of one round
+  schedule: Schedule,
+  estimate: Estimate,
+  kind: jax.Array,  # [B] int32
+  count: jax.Array,  # [B] int32, tokens that the drafter can draft
+  live: jax.Array,  # [B] bool
+  costs: jax.Array,  # [len(lengths)] seconds of one round
 ) -> jax.Array:
   """Index into `schedule.lengths` of the best expected rate: [] int32."""
   num_kinds = estimate.accepted.shape[1]
   prior = jnp.asarray(
-      [schedule.prior[min(k, len(schedule.prior) - 1)] for k in range(num_kinds)]
+    [schedule.prior[min(k, len(schedule.prior) - 1)] for k in range(num_kinds)]
   )
   total = estimate.accepted + estimate.refused + schedule.prior_weight
   alpha = (estimate.accepted + schedule.prior_weight * prior) / total

@@ -18,16 +18,23 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
+import jax.numpy as jnp
 
-from efficiency_jax.decoding import drafters, sampling as sampling_lib
+from efficiency_jax.decoding import drafters
+from efficiency_jax.decoding import sampling as sampling_lib
 from efficiency_jax.decoding import schedule as schedule_lib
-from efficiency_jax.decoding.drafters import Context, Forecast, Weights
+from efficiency_jax.decoding.drafters import Context
+from efficiency_jax.decoding.drafters import Forecast
+from efficiency_jax.decoding.drafters import Weights
 from efficiency_jax.decoding.prefill import prefill
 from efficiency_jax.decoding.sampling import Sampling
-from efficiency_jax.decoding.verifiers import GREEDY, Proposal, Verdict, Verifier
-from efficiency_jax.types import ApplyFn, Cache
+from efficiency_jax.decoding.verifiers import GREEDY
+from efficiency_jax.decoding.verifiers import Proposal
+from efficiency_jax.decoding.verifiers import Verdict
+from efficiency_jax.decoding.verifiers import Verifier
+from efficiency_jax.types import ApplyFn
+from efficiency_jax.types import Cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +57,7 @@ class Decoder:
     drafts = not isinstance(self.drafter, drafters.Nothing)
     if drafts and self.schedule.longest < 1:
       raise ValueError(
-          f'draft length must be >= 1 with a drafter ({self.drafter.name}).'
+        f'draft length must be >= 1 with a drafter ({self.drafter.name}).'
       )
 
   @property
@@ -91,15 +98,15 @@ class State(NamedTuple):
 
 
 def start(
-    decoder: Decoder,
-    weights: Weights,
-    tokens: jax.Array,  # [B, N] int32, right-padded prompts
-    length: jax.Array,  # [B] int32, prompt lengths, at least 1
-    limit: jax.Array,  # [B] int32, prompt length + budget
-    stop: jax.Array,  # [K] int32
-    sampling: Sampling,
-    keys: jax.Array,  # [B] typed keys
-    cache: Cache,  # empty
+  decoder: Decoder,
+  weights: Weights,
+  tokens: jax.Array,  # [B, N] int32, right-padded prompts
+  length: jax.Array,  # [B] int32, prompt lengths, at least 1
+  limit: jax.Array,  # [B] int32, prompt length + budget
+  stop: jax.Array,  # [K] int32
+  sampling: Sampling,
+  keys: jax.Array,  # [B] typed keys
+  cache: Cache,  # empty
 ) -> State:
   """Runs target and drafter over the prompts.
 
@@ -114,55 +121,55 @@ def start(
 
 
 @functools.partial(
-    jax.jit, static_argnames=('decoder',), donate_argnames=('cache', 'draft')
+  jax.jit, static_argnames=('decoder',), donate_argnames=('cache', 'draft')
 )
 def _first_state(
-    decoder: Decoder,
-    context: Context,
-    limit: jax.Array,
-    stop: jax.Array,
-    cache: Cache,
-    draft: Any,
+  decoder: Decoder,
+  context: Context,
+  limit: jax.Array,
+  stop: jax.Array,
+  cache: Cache,
+  draft: Any,
 ) -> State:
   tokens, length, keys, sampling = context
   batch, longest = tokens.shape[0], decoder.schedule.longest
   draft, forecast = decoder.drafter.observe(draft, context, longest)
   zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
   counters = Counters(
-      zeros(batch),
-      zeros(batch),
-      zeros(batch),
-      zeros(batch, longest),
-      zeros(batch, longest),
-      zeros(len(decoder.schedule.lengths)),
+    zeros(batch),
+    zeros(batch),
+    zeros(batch),
+    zeros(batch, longest),
+    zeros(batch, longest),
+    zeros(len(decoder.schedule.lengths)),
   )
   return State(
-      tokens=tokens,
-      length=length,
-      limit=limit,
-      stop=stop,
-      done=length >= limit,
-      keys=keys,
-      sampling=sampling,
-      cache=cache,
-      draft=draft,
-      forecast=forecast,
-      estimate=schedule_lib.init(batch, decoder.drafter.num_kinds),
-      counters=counters,
-      accepted_draft=jnp.zeros(tokens.shape, bool),
-      run=jnp.zeros(tokens.shape, jnp.int32),
-      refused=jnp.full(tokens.shape, -1, jnp.int32),
+    tokens=tokens,
+    length=length,
+    limit=limit,
+    stop=stop,
+    done=length >= limit,
+    keys=keys,
+    sampling=sampling,
+    cache=cache,
+    draft=draft,
+    forecast=forecast,
+    estimate=schedule_lib.init(batch, decoder.drafter.num_kinds),
+    counters=counters,
+    accepted_draft=jnp.zeros(tokens.shape, bool),
+    run=jnp.zeros(tokens.shape, jnp.int32),
+    refused=jnp.full(tokens.shape, -1, jnp.int32),
   )
 
 
 @functools.partial(jax.jit, static_argnames=('decoder',), donate_argnums=(2,))
 def run(
-    decoder: Decoder,
-    weights: Weights,
-    state: State,
-    max_rounds: jax.Array,  # [] int32
-    costs: jax.Array,  # [len(lengths)] seconds of a round of each draft length
-    forced: jax.Array,  # [] int32, index of a length to use always, or -1
+  decoder: Decoder,
+  weights: Weights,
+  state: State,
+  max_rounds: jax.Array,  # [] int32
+  costs: jax.Array,  # [len(lengths)] seconds of a round of each draft length
+  forced: jax.Array,  # [] int32, index of a length to use always, or -1
 ) -> State:
   """Decodes until every row is done, or for `max_rounds` rounds.
 
@@ -177,12 +184,12 @@ def run(
 
   def choice(state):
     chosen = schedule_lib.choose(
-        decoder.schedule,
-        state.estimate,
-        state.forecast.kind,
-        state.forecast.count,
-        ~state.done,
-        costs,
+      decoder.schedule,
+      state.estimate,
+      state.forecast.kind,
+      state.forecast.count,
+      ~state.done,
+      costs,
     )
     return jnp.where(forced >= 0, forced, chosen)
 
@@ -214,7 +221,7 @@ def run(
 
 
 def _round(
-    decoder: Decoder, weights: Weights, state: State, index: int
+  decoder: Decoder, weights: Weights, state: State, index: int
 ) -> State:
   """Draft, score, verify, commit."""
   drafted = decoder.schedule.lengths[index]
@@ -234,7 +241,7 @@ def _round(
   state = _commit(decoder, state, proposal, verdict, index)
   context = context._replace(tokens=state.tokens, length=state.length)
   draft, forecast = decoder.drafter.observe(
-      state.draft, context, decoder.schedule.longest
+    state.draft, context, decoder.schedule.longest
   )
   return state._replace(draft=draft, forecast=forecast)
 
@@ -246,12 +253,12 @@ def _propose(decoder, weights, state, context, drafted: int):
     count = jnp.zeros((batch,), jnp.int32)
     return Proposal(nothing, count, None), state.draft, state.cache
   return decoder.drafter.propose(
-      weights,
-      state.draft,
-      state.cache,
-      context,
-      drafted,
-      decoder.verifier.draft_purpose,
+    weights,
+    state.draft,
+    state.cache,
+    context,
+    drafted,
+    decoder.verifier.draft_purpose,
   )
 
 
@@ -265,11 +272,11 @@ def _seen(state: State, draft: jax.Array, vocab_size: int) -> jax.Array:
 
 
 def _commit(
-    decoder: Decoder,
-    state: State,
-    proposal: Proposal,
-    verdict: Verdict,
-    index: int,
+  decoder: Decoder,
+  state: State,
+  proposal: Proposal,
+  verdict: Verdict,
+  index: int,
 ) -> State:
   """Appends what stands, cut at the first stop token and at the budget."""
   width = proposal.tokens.shape[1] + 1
@@ -295,35 +302,35 @@ def _commit(
   drafted = jnp.where(cut, accepted.sum(1), proposal.count)
   drafted = jnp.where(state.done, 0, drafted)
   refused = jnp.where(
-      (slot == n) & (slot < proposal.count[:, None]) & kept, padded, -1
+    (slot == n) & (slot < proposal.count[:, None]) & kept, padded, -1
   )
 
   counters = state.counters
   counters = counters._replace(
-      runs=counters.runs + ~state.done,
-      drafted=counters.drafted + drafted,
-      accepted=counters.accepted + accepted.sum(1),
-      tested_at=counters.tested_at.at[:, : width - 1].add(reached),
-      accepted_at=counters.accepted_at.at[:, : width - 1].add(accepted),
-      chosen=counters.chosen.at[index].add(1),
+    runs=counters.runs + ~state.done,
+    drafted=counters.drafted + drafted,
+    accepted=counters.accepted + accepted.sum(1),
+    tested_at=counters.tested_at.at[:, : width - 1].add(reached),
+    accepted_at=counters.accepted_at.at[:, : width - 1].add(accepted),
+    chosen=counters.chosen.at[index].add(1),
   )
   run_index = jnp.broadcast_to(counters.runs[:, None], block.shape)
   return state._replace(
-      tokens=_write(state.tokens, block, state.length),
-      accepted_draft=_write(state.accepted_draft, slot < n, state.length),
-      run=_write(state.run, run_index, state.length),
-      refused=_write(state.refused, refused, state.length),
-      length=length,
-      done=state.done | ended.any(axis=1) | (length >= state.limit),
-      cache=state.cache._replace(length=length - 1),
-      estimate=schedule_lib.observe(
-          decoder.schedule,
-          state.estimate,
-          state.forecast.kind,
-          accepted.sum(1),
-          reached.sum(1),
-      ),
-      counters=counters,
+    tokens=_write(state.tokens, block, state.length),
+    accepted_draft=_write(state.accepted_draft, slot < n, state.length),
+    run=_write(state.run, run_index, state.length),
+    refused=_write(state.refused, refused, state.length),
+    length=length,
+    done=state.done | ended.any(axis=1) | (length >= state.limit),
+    cache=state.cache._replace(length=length - 1),
+    estimate=schedule_lib.observe(
+      decoder.schedule,
+      state.estimate,
+      state.forecast.kind,
+      accepted.sum(1),
+      reached.sum(1),
+    ),
+    counters=counters,
   )
 
 

@@ -52,8 +52,8 @@ class Statistics:
   def conditional_acceptance(self) -> tuple[float, ...]:
     """At each draft position, kept given that all before it were kept."""
     return tuple(
-        kept / tested if tested else float('nan')
-        for kept, tested in zip(self.accepted_at, self.tested_at, strict=True)
+      kept / tested if tested else float('nan')
+      for kept, tested in zip(self.accepted_at, self.tested_at, strict=True)
     )
 
   @property
@@ -69,15 +69,15 @@ def of_rows(counters: Counters, generated: np.ndarray) -> list[Statistics]:
   host = [np.asarray(leaf) for leaf in counters]
   runs, drafted, accepted, tested_at, accepted_at, _ = host
   return [
-      Statistics(
-          generated=int(generated[row]),
-          runs=int(runs[row]),
-          drafted=int(drafted[row]),
-          accepted=int(accepted[row]),
-          tested_at=tuple(tested_at[row].tolist()),
-          accepted_at=tuple(accepted_at[row].tolist()),
-      )
-      for row in range(len(runs))
+    Statistics(
+      generated=int(generated[row]),
+      runs=int(runs[row]),
+      drafted=int(drafted[row]),
+      accepted=int(accepted[row]),
+      tested_at=tuple(tested_at[row].tolist()),
+      accepted_at=tuple(accepted_at[row].tolist()),
+    )
+    for row in range(len(runs))
   ]
 
 
@@ -89,16 +89,16 @@ def total(parts: Sequence[Statistics]) -> Statistics:
 
   def positions(name):
     padded = [
-        getattr(part, name) + (0,) * (width - len(getattr(part, name)))
-        for part in parts
+      getattr(part, name) + (0,) * (width - len(getattr(part, name)))
+      for part in parts
     ]
     return tuple(map(sum, zip(*padded, strict=True)))
 
   return Statistics(
-      generated=sum(part.generated for part in parts),
-      runs=sum(part.runs for part in parts),
-      drafted=sum(part.drafted for part in parts),
-      accepted=sum(part.accepted for part in parts),
-      tested_at=positions('tested_at'),
-      accepted_at=positions('accepted_at'),
+    generated=sum(part.generated for part in parts),
+    runs=sum(part.runs for part in parts),
+    drafted=sum(part.drafted for part in parts),
+    accepted=sum(part.accepted for part in parts),
+    tested_at=positions('tested_at'),
+    accepted_at=positions('accepted_at'),
   )

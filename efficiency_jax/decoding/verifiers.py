@@ -101,7 +101,7 @@ def _block(keys, position, logits, proposal: Proposal) -> Verdict:
   kept = jnp.where(is_last, uniform < weight[:, 1:], inner) & meant
   # The longest prefix whose test passed, whatever the tests before it said.
   num_accepted = jnp.max(
-      jnp.where(kept, jnp.arange(1, drafted + 1), 0), axis=-1, initial=0
+    jnp.where(kept, jnp.arange(1, drafted + 1), 0), axis=-1, initial=0
   )
   # After the whole draft the next token is drawn from p itself, unweighted.
   complete = (num_accepted == proposal.count)[:, None]
@@ -121,7 +121,7 @@ def named(name: str) -> Verifier:
   """The verifier called `name`; a ValueError lists the names there are."""
   if name not in VERIFIERS:
     raise ValueError(
-        f'verifier {name!r} is unknown; there are {", ".join(VERIFIERS)}.'
+      f'verifier {name!r} is unknown; there are {", ".join(VERIFIERS)}.'
     )
   return VERIFIERS[name]
 

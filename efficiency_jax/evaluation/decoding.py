@@ -7,9 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from efficiency_jax import engine as engine_lib
 from efficiency_jax import generation
-from efficiency_jax.decoding import cost_model, sampling, statistics
-from efficiency_jax.generation import Engine, Generation
+from efficiency_jax.decoding import cost_model
+from efficiency_jax.decoding import sampling
+from efficiency_jax.decoding import statistics
+from efficiency_jax.engine import Engine
+from efficiency_jax.generation import Generation
 
 BASELINE = 'plain'
 
@@ -24,14 +28,14 @@ class Method:
 
 
 def measure(
-    methods: Sequence[Method],
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    slots: int,
-    settings: Mapping[str, Any],
-    seed: int = 0,
-    repeats: int = 1,
+  methods: Sequence[Method],
+  prompts: Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int,
+  slots: int,
+  settings: Mapping[str, Any],
+  seed: int = 0,
+  repeats: int = 1,
 ) -> dict[str, Generation]:
   """Decodes one batch with every method in turn; the median run of each.
 
@@ -43,27 +47,27 @@ def measure(
   for repeat in range(repeats):
     for method in methods if repeat % 2 == 0 else reversed(methods):
       runs[method.name].append(
-          generation.generate(
-              method.engine,
-              prompts,
-              max_new_tokens=max_new_tokens,
-              slots=slots,
-              force_length=method.force_length,
-              seed=seed,
-              **settings,
-          )
+        generation.generate(
+          method.engine,
+          prompts,
+          max_new_tokens=max_new_tokens,
+          slots=slots,
+          force_length=method.force_length,
+          seed=seed,
+          **settings,
+        )
       )
   middle = lambda several: sorted(several, key=lambda run: run.decode_seconds)[
-      (len(several) - 1) // 2
+    (len(several) - 1) // 2
   ]
   return {name: middle(several) for name, several in runs.items()}
 
 
 def warm_up(
-    methods: Sequence[Method],
-    batch: int,
-    slots: int,
-    settings: Mapping[str, Any],
+  methods: Sequence[Method],
+  batch: int,
+  slots: int,
+  settings: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
   """Compiles all that `measure` will run for a batch size.
 
@@ -75,25 +79,25 @@ def warm_up(
   for method in methods:
     prompts = [[0]] * batch
     generation.generate(
-        method.engine, prompts, max_new_tokens=1, slots=slots, **settings
+      method.engine, prompts, max_new_tokens=1, slots=slots, **settings
     )
     made = sampling.make(batch, **settings)
-    memory = generation.compiled(
-        method.engine, made, batch, slots
+    memory = engine_lib.compiled(
+      method.engine, made, batch, slots
     ).memory_analysis()
     peak = None
     if memory is not None:
       peak = (
-          memory.argument_size_in_bytes
-          + memory.output_size_in_bytes
-          - memory.alias_size_in_bytes
-          + memory.temp_size_in_bytes
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
       )
-    costs = generation.measured_costs(method.engine, made, batch, slots)
+    costs = engine_lib.measured_costs(method.engine, made, batch, slots)
     lengths = method.engine.decoder.schedule.lengths
     facts[method.name] = {
-        'peak_bytes': peak,
-        'round_seconds': dict(zip(lengths, costs.tolist(), strict=True)),
+      'peak_bytes': peak,
+      'round_seconds': dict(zip(lengths, costs.tolist(), strict=True)),
     }
   return facts
 
@@ -102,26 +106,26 @@ def record(result: Generation, baseline: Generation) -> dict[str, Any]:
   """The measured facts of one batch, as plain values that add up."""
   total = statistics.total(result.statistics)
   same = [
-      np.array_equal(mine.tokens, plain.tokens)
-      for mine, plain in zip(result.rows, baseline.rows, strict=True)
+    np.array_equal(mine.tokens, plain.tokens)
+    for mine, plain in zip(result.rows, baseline.rows, strict=True)
   ]
   return {
-      **dataclasses.asdict(total),
-      'rounds': sum(result.rounds.values()),
-      'rounds_by_length': {str(k): v for k, v in result.rounds.items()},
-      'seconds': result.decode_seconds,
-      'prefill_seconds': result.prefill_seconds,
-      'same_rows': sum(same),
-      'num_rows': len(same),
-      'guarantee': result.guarantee,
+    **dataclasses.asdict(total),
+    'rounds': sum(result.rounds.values()),
+    'rounds_by_length': {str(k): v for k, v in result.rounds.items()},
+    'seconds': result.decode_seconds,
+    'prefill_seconds': result.prefill_seconds,
+    'same_rows': sum(same),
+    'num_rows': len(same),
+    'guarantee': result.guarantee,
   }
 
 
 def summarize(
-    records: Sequence[Mapping[str, Any]],
-    baseline: Sequence[Mapping[str, Any]],
-    round_seconds: Mapping[int, float] | None = None,
-    plain_seconds: float | None = None,
+  records: Sequence[Mapping[str, Any]],
+  baseline: Sequence[Mapping[str, Any]],
+  round_seconds: Mapping[int, float] | None = None,
+  plain_seconds: float | None = None,
 ) -> dict[str, Any]:
   """One row of results from the records of several batches.
 
@@ -130,41 +134,45 @@ def summarize(
   the measured acceptance and the effective cost ratio of a fixed length.
   """
   fields = [field.name for field in dataclasses.fields(statistics.Statistics)]
-  total = statistics.total([
-      statistics.Statistics(**{
+  total = statistics.total(
+    [
+      statistics.Statistics(
+        **{
           name: tuple(r[name]) if isinstance(r[name], list) else r[name]
           for name in fields
-      })
+        }
+      )
       for r in records
-  ])
+    ]
+  )
   seconds = sum(r['seconds'] for r in records)
   plain = sum(r['seconds'] for r in baseline)
   ratios = [
-      b['seconds'] / b['generated'] / (r['seconds'] / r['generated'])
-      for r, b in zip(records, baseline, strict=True)
+    b['seconds'] / b['generated'] / (r['seconds'] / r['generated'])
+    for r, b in zip(records, baseline, strict=True)
   ]
   plain_rate = sum(b['generated'] for b in baseline) / plain
   rate = total.generated / seconds
   same = sum(r['same_rows'] for r in records)
   row = {
-      'tokens_per_second': rate,
-      'speedup': rate / plain_rate,
-      'speedup_minimum': min(ratios),
-      'speedup_median': means.median(ratios),
-      'speedup_maximum': max(ratios),
-      'tokens_per_run': total.tokens_per_run,
-      'accepted_drafts_per_run': total.accepted_drafts_per_run,
-      'acceptance_rate': total.acceptance_rate,
-      'alpha': total.alpha,
-      'conditional_acceptance': list(total.conditional_acceptance),
-      'generated_tokens': total.generated,
-      'target_runs': total.runs,
-      'exact': same == sum(r['num_rows'] for r in records),
-      'exact_rows': same,
-      'num_rows': sum(r['num_rows'] for r in records),
-      'guarantee': records[0]['guarantee'],
-      'seconds': seconds,
-      'prefill_seconds': sum(r['prefill_seconds'] for r in records),
+    'tokens_per_second': rate,
+    'speedup': rate / plain_rate,
+    'speedup_minimum': min(ratios),
+    'speedup_median': means.median(ratios),
+    'speedup_maximum': max(ratios),
+    'tokens_per_run': total.tokens_per_run,
+    'accepted_drafts_per_run': total.accepted_drafts_per_run,
+    'acceptance_rate': total.acceptance_rate,
+    'alpha': total.alpha,
+    'conditional_acceptance': list(total.conditional_acceptance),
+    'generated_tokens': total.generated,
+    'target_runs': total.runs,
+    'exact': same == sum(r['num_rows'] for r in records),
+    'exact_rows': same,
+    'num_rows': sum(r['num_rows'] for r in records),
+    'guarantee': records[0]['guarantee'],
+    'seconds': seconds,
+    'prefill_seconds': sum(r['prefill_seconds'] for r in records),
   }
   rounds: dict[int, int] = {}
   for one in records:
@@ -178,11 +186,11 @@ def summarize(
     used = [g for g, count in rounds.items() if count]
     if len(used) == 1 and used[0] > 0 and total.tested_at:
       ratio = cost_model.effective_cost_ratio(
-          round_seconds[used[0]], plain_seconds, used[0]
+        round_seconds[used[0]], plain_seconds, used[0]
       )
       row['effective_cost_ratio'] = ratio
       row['leviathan_speedup'] = cost_model.improvement(
-          total.alpha, used[0], ratio
+        total.alpha, used[0], ratio
       )
   return row
 

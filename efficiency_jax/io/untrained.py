@@ -1,8 +1,10 @@
-"""A model with random weights and a tokenizer of bytes, for trying things out."""
+"""A model with random weights and a tokenizer of bytes, to try things out."""
 
 import jax
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders
+from tokenizers import models
+from tokenizers import pre_tokenizers
 
 from efficiency_jax.io.pretrained import LanguageModel
 from efficiency_jax.io.tokenizer import Tokenizer
@@ -10,13 +12,13 @@ from efficiency_jax.models import transformer
 from efficiency_jax.models.config import DecoderConfig
 
 _CHAT = (
-    '{% for message in messages %}{{ message.role }}: {{ message.content }}\n'
-    '{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}'
+  '{% for message in messages %}{{ message.role }}: {{ message.content }}\n'
+  '{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}'
 )
 
 
 def language_model(
-    config: DecoderConfig | None = None, seed: int = 0
+  config: DecoderConfig | None = None, seed: int = 0
 ) -> LanguageModel:
   """Builds one; `config.vocab_size` must be at least the 257 of the tokenizer.
 
@@ -24,18 +26,18 @@ def language_model(
   """
   if config is None:
     config = DecoderConfig(
-        vocab_size=257,
-        width=64,
-        ffn_width=128,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        max_positions=4096,
+      vocab_size=257,
+      width=64,
+      ffn_width=128,
+      num_layers=2,
+      num_heads=4,
+      num_kv_heads=2,
+      head_dim=16,
+      max_positions=4096,
     )
   if config.vocab_size < 257:
     raise ValueError(
-        f'vocab_size must be >= 257 for bytes, got {config.vocab_size}.'
+      f'vocab_size must be >= 257 for bytes, got {config.vocab_size}.'
     )
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   vocabulary = {symbol: place for place, symbol in enumerate(alphabet)}
@@ -44,10 +46,10 @@ def language_model(
   backend.decoder = decoders.ByteLevel()
   backend.add_special_tokens(['<|end|>'])
   return LanguageModel(
-      name=f'untrained-{seed}',
-      config=config,
-      params=transformer.init(config, jax.random.key(seed)),
-      tokenizer=Tokenizer(
-          backend=backend, eos_id=256, stop_ids=(256,), chat_template=_CHAT
-      ),
+    name=f'untrained-{seed}',
+    config=config,
+    params=transformer.init(config, jax.random.key(seed)),
+    tokenizer=Tokenizer(
+      backend=backend, eos_id=256, stop_ids=(256,), chat_template=_CHAT
+    ),
   )

@@ -1,1 +1,1 @@
-"""Models as pure functions: one configurable decoder, its attention and cache."""
+"""Models as pure functions: one decoder, its attention and its cache."""

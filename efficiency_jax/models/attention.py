@@ -6,8 +6,8 @@ soft-cap of the scores (arXiv 2408.00118). Statistics are float32.
 """
 
 import jax
-import jax.numpy as jnp
 from jax import lax
+import jax.numpy as jnp
 
 from efficiency_jax.models.cache import BLOCK
 
@@ -17,12 +17,12 @@ _MASKED = -1e30
 
 
 def full_attention(
-    queries: jax.Array,  # [B, T, H, head_dim], already scaled
-    keys: jax.Array,  # [B, T, K, head_dim]
-    values: jax.Array,  # [B, T, K, head_dim]
-    *,
-    window: int | None = None,
-    softcap: float | None = None,
+  queries: jax.Array,  # [B, T, H, head_dim], already scaled
+  keys: jax.Array,  # [B, T, K, head_dim]
+  values: jax.Array,  # [B, T, K, head_dim]
+  *,
+  window: int | None = None,
+  softcap: float | None = None,
 ) -> jax.Array:
   """Causal attention inside whole sequences: [B, T, H, head_dim]."""
   time = queries.shape[1]
@@ -30,10 +30,10 @@ def full_attention(
   visible = _visible(query_position, jnp.arange(time)[None], window)
   visible = visible[None, None, None]
   scores = jnp.einsum(
-      'btkgh,bskh->bkgts',
-      _group(queries, keys.shape[2]),
-      keys,
-      preferred_element_type=jnp.float32,
+    'btkgh,bskh->bkgts',
+    _group(queries, keys.shape[2]),
+    keys,
+    preferred_element_type=jnp.float32,
   )
   scores = jnp.where(visible, _cap(scores, softcap), _MASKED)
   weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
@@ -42,13 +42,13 @@ def full_attention(
 
 
 def cached_attention(
-    queries: jax.Array,  # [B, T, H, head_dim], already scaled
-    keys: jax.Array,  # [B, K, S, head_dim], new keys already written
-    values: jax.Array,  # [B, K, S, head_dim]
-    positions: jax.Array,  # [B, T] int32, absolute
-    *,
-    window: int | None = None,
-    softcap: float | None = None,
+  queries: jax.Array,  # [B, T, H, head_dim], already scaled
+  keys: jax.Array,  # [B, K, S, head_dim], new keys already written
+  values: jax.Array,  # [B, K, S, head_dim]
+  positions: jax.Array,  # [B, T] int32, absolute
+  *,
+  window: int | None = None,
+  softcap: float | None = None,
 ) -> jax.Array:
   """Attention of T new queries a row over its cache: [B, T, H, head_dim].
 
@@ -73,17 +73,17 @@ def cached_attention(
     key_position = start + jnp.arange(BLOCK)[None, None]
     visible = _visible(row_position, key_position, window)[:, None]
     scores = jnp.einsum(
-        'bkmh,bksh->bkms', rows, key_block, preferred_element_type=jnp.float32
+      'bkmh,bksh->bkms', rows, key_block, preferred_element_type=jnp.float32
     )
     scores = jnp.where(visible, _cap(scores, softcap), _MASKED)
     new_maximum = jnp.maximum(maximum, scores.max(-1, keepdims=True))
     shrink = jnp.exp(maximum - new_maximum)
     weights = jnp.exp(scores - new_maximum)
     block_out = jnp.einsum(
-        'bkms,bksh->bkmh',
-        weights.astype(values.dtype),
-        value_block,
-        preferred_element_type=jnp.float32,
+      'bkms,bksh->bkmh',
+      weights.astype(values.dtype),
+      value_block,
+      preferred_element_type=jnp.float32,
     )
     total = total * shrink + weights.sum(-1, keepdims=True)
     return new_maximum, total, out * shrink + block_out

@@ -9,8 +9,8 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
+import jax.numpy as jnp
 
 from efficiency_jax.models.config import DecoderConfig
 from efficiency_jax.types import Cache
@@ -26,30 +26,30 @@ def capacity(slots: int) -> int:
 
 
 def init(
-    config: DecoderConfig, batch: int, slots: int, dtype=jnp.float32
+  config: DecoderConfig, batch: int, slots: int, dtype=jnp.float32
 ) -> Cache:
   """An empty cache for `batch` rows of at least `slots` positions each."""
   if slots < 1:
     raise ValueError(f'slots must be >= 1, got {slots}.')
   shape = (batch, config.num_kv_heads, capacity(slots), config.head_dim)
   zeros = lambda: tuple(
-      jnp.zeros(shape, dtype) for _ in range(config.num_layers)
+    jnp.zeros(shape, dtype) for _ in range(config.num_layers)
   )
   return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
 
 
 @functools.cache
 def initializer(
-    config: DecoderConfig, dtype: Any = jnp.float32
+  config: DecoderConfig, dtype: Any = jnp.float32
 ) -> Callable[[int, int], Cache]:
   """`init` as a function of batch and slots; one object for equal arguments."""
   return functools.partial(init, config, dtype=dtype)
 
 
 def write(
-    buffer: jax.Array,  # [B, K, S, head_dim]
-    new: jax.Array,  # [B, K, T, head_dim]
-    start: jax.Array,  # [B] int32
+  buffer: jax.Array,  # [B, K, S, head_dim]
+  new: jax.Array,  # [B, K, T, head_dim]
+  start: jax.Array,  # [B] int32
 ) -> jax.Array:
   """Writes row b of `new` at slots `start[b] ...` of row b of `buffer`.
 

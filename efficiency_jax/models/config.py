@@ -26,7 +26,7 @@ class RopeScaling:
   def __post_init__(self):
     if self.kind not in ('linear', 'llama3'):
       raise ValueError(
-          f'rope scaling {self.kind!r} is not supported: linear and llama3 are.'
+        f'rope scaling {self.kind!r} is not supported: linear and llama3 are.'
       )
     if not self.factor > 0:
       raise ValueError(f'rope scaling factor must be > 0, got {self.factor}.')
@@ -98,36 +98,36 @@ class DecoderConfig:
 
   def __post_init__(self):
     for name in (
-        'vocab_size',
-        'width',
-        'ffn_width',
-        'num_layers',
-        'num_heads',
-        'num_kv_heads',
-        'head_dim',
-        'max_positions',
+      'vocab_size',
+      'width',
+      'ffn_width',
+      'num_layers',
+      'num_heads',
+      'num_kv_heads',
+      'head_dim',
+      'max_positions',
     ):
       value = getattr(self, name)
       if not isinstance(value, int) or value < 1:
         raise ValueError(f'{name} must be a whole number >= 1, got {value!r}.')
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
-          f'num_kv_heads must divide num_heads = {self.num_heads}, got'
-          f' {self.num_kv_heads}.'
+        f'num_kv_heads must divide num_heads = {self.num_heads}, got'
+        f' {self.num_kv_heads}.'
       )
     if self.head_dim % 2:
       raise ValueError(
-          f'head_dim must be even for rotary positions, got {self.head_dim}.'
+        f'head_dim must be even for rotary positions, got {self.head_dim}.'
       )
     if self.activation not in ('silu', 'gelu_tanh'):
       raise ValueError(
-          f'activation {self.activation!r} is not supported: silu and gelu_tanh'
-          ' are.'
+        f'activation {self.activation!r} is not supported: silu and gelu_tanh'
+        ' are.'
       )
     if self.windows and len(self.windows) != self.num_layers:
       raise ValueError(
-          f'windows must name all {self.num_layers} layers or none, got'
-          f' {len(self.windows)}.'
+        f'windows must name all {self.num_layers} layers or none, got'
+        f' {len(self.windows)}.'
       )
     for name in ('norm_epsilon', 'rope_theta'):
       value = getattr(self, name)
@@ -145,8 +145,8 @@ class DecoderConfig:
     """
     if not 1 <= num_layers <= self.num_layers:
       raise ValueError(
-          f'num_layers must be in 1..{self.num_layers}, got {num_layers}.'
+        f'num_layers must be in 1..{self.num_layers}, got {num_layers}.'
       )
     return dataclasses.replace(
-        self, num_layers=num_layers, windows=self.windows[:num_layers]
+      self, num_layers=num_layers, windows=self.windows[:num_layers]
     )

@@ -12,7 +12,7 @@ from efficiency_jax.models.config import RopeScaling
 
 
 def frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None = None
+  head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> np.ndarray:
   """Radians per position of every pair: [head_dim / 2] float32."""
   exponent = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
@@ -23,7 +23,7 @@ def frequencies(
     return (inverse / scaling.factor).astype(np.float32)
   wavelength = 2 * np.pi / inverse
   blend = (
-      scaling.original_context / wavelength - scaling.low_frequency_factor
+    scaling.original_context / wavelength - scaling.low_frequency_factor
   ) / (scaling.high_frequency_factor - scaling.low_frequency_factor)
   blend = np.clip(blend, 0.0, 1.0)
   scaled = (1 - blend) * inverse / scaling.factor + blend * inverse
@@ -31,8 +31,8 @@ def frequencies(
 
 
 def rotation(
-    positions: jax.Array,  # [B, T] int32
-    inverse: np.ndarray,  # [head_dim / 2]
+  positions: jax.Array,  # [B, T] int32
+  inverse: np.ndarray,  # [head_dim / 2]
 ) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines at `positions`: two [B, T, 1, head_dim / 2] float32."""
   positions = positions[:, :, None, None].astype(jnp.float32)
@@ -41,8 +41,8 @@ def rotation(
 
 
 def rotate(
-    x: jax.Array,  # [B, T, heads, head_dim]
-    turn: tuple[jax.Array, jax.Array],
+  x: jax.Array,  # [B, T, heads, head_dim]
+  turn: tuple[jax.Array, jax.Array],
 ) -> jax.Array:
   """Turns every pair of every head of `x`; same shape and dtype."""
   cosine, sine = turn

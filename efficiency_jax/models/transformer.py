@@ -18,10 +18,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from efficiency_jax.linear import embed, linear, logits_from_table
-from efficiency_jax.models import attention, cache as kv_cache, rope
+from efficiency_jax.linear import embed
+from efficiency_jax.linear import linear
+from efficiency_jax.linear import logits_from_table
+from efficiency_jax.models import attention
+from efficiency_jax.models import cache as kv_cache
+from efficiency_jax.models import rope
 from efficiency_jax.models.config import DecoderConfig
-from efficiency_jax.types import ApplyFn, Cache, ModelOutput, Params
+from efficiency_jax.types import ApplyFn
+from efficiency_jax.types import Cache
+from efficiency_jax.types import ModelOutput
+from efficiency_jax.types import Params
 
 
 class Linear(nn.Module):
@@ -79,14 +86,14 @@ class Attention(nn.Module):
     scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
     queries = rope.rotate(queries, turn) * jnp.asarray(scale, x.dtype)
     keys = rope.rotate(keys, turn)
-    masks = dict(window=c.window(self.layer), softcap=c.attention_softcap)
+    masks = {'window': c.window(self.layer), 'softcap': c.attention_softcap}
     if slots is None:
       out = attention.full_attention(queries, keys, values, **masks)
     else:
       start = positions[:, 0]
       slots = tuple(
-          kv_cache.write(buffer, new.transpose(0, 2, 1, 3), start)
-          for buffer, new in zip(slots, (keys, values), strict=True)
+        kv_cache.write(buffer, new.transpose(0, 2, 1, 3), start)
+        for buffer, new in zip(slots, (keys, values), strict=True)
       )
       out = attention.cached_attention(queries, *slots, positions, **masks)
     out = out.reshape(batch, time, c.num_heads * c.head_dim)
@@ -118,7 +125,7 @@ class Block(nn.Module):
   def __call__(self, x, turn, positions, slots):
     c = self.config
     after, slots = Attention(c, self.layer, name='attention')(
-        _norm(c, 'attention_norm')(x), turn, positions, slots
+      _norm(c, 'attention_norm')(x), turn, positions, slots
     )
     if c.post_norms:
       after = _norm(c, 'attention_post_norm')(after)
@@ -153,7 +160,7 @@ class DecoderLM(nn.Module):
 
   @nn.compact
   def __call__(
-      self, tokens: jax.Array, cache: Cache | None = None
+    self, tokens: jax.Array, cache: Cache | None = None
   ) -> tuple[ModelOutput, Cache | None]:
     c = self.config
     batch, time = tokens.shape
@@ -169,10 +176,10 @@ class DecoderLM(nn.Module):
     for layer in range(c.num_layers):
       is_local = c.window(layer) is not None
       x, slots = Block(c, layer, name=f'layers_{layer}')(
-          x,
-          local_turn if is_local else turn,
-          positions,
-          None if cache is None else (cache.keys[layer], cache.values[layer]),
+        x,
+        local_turn if is_local else turn,
+        positions,
+        None if cache is None else (cache.keys[layer], cache.values[layer]),
       )
       if slots is not None:
         keys.append(slots[0])
@@ -188,9 +195,9 @@ class DecoderLM(nn.Module):
     if cache is not None:
       # A drafter may run the first layers only: the others' slots stay.
       cache = Cache(
-          tuple(keys) + cache.keys[c.num_layers :],
-          tuple(values) + cache.values[c.num_layers :],
-          start + time,
+        tuple(keys) + cache.keys[c.num_layers :],
+        tuple(values) + cache.values[c.num_layers :],
+        start + time,
       )
     return ModelOutput(logits, x), cache
 

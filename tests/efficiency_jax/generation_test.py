@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from efficiency_jax import engine as engine_lib
 from efficiency_jax import generation
 from efficiency_jax.io import untrained
 from efficiency_jax.io.pretrained import LanguageModel
@@ -25,34 +26,35 @@ PROMPTS = ['to be or not to be or', 'héllo', 'x']
 
 @pytest.mark.short
 def test_methods_agree_on_greedy_text(lm, other):
-  plain = generation.generate(
-    lm, PROMPTS, drafter='plain', max_new_tokens=20
-  )
+  plain = generation.generate(lm, PROMPTS, drafter='plain', max_new_tokens=20)
   assert plain.guarantee == 'greedy'
   for choices in (
-    dict(drafter='n-gram', draft_length=3),
-    dict(drafter='early exit', exit_layers=1, draft_length=2),
-    dict(drafter='draft model', draft=other, draft_length=2),
+    {'drafter': 'n-gram', 'draft_length': 3},
+    {'drafter': 'early exit', 'exit_layers': 1, 'draft_length': 2},
+    {'drafter': 'draft model', 'draft': other, 'draft_length': 2},
   ):
     mine = generation.generate(lm, PROMPTS, max_new_tokens=20, **choices)
     for a, b in zip(plain.rows, mine.rows, strict=True):
       np.testing.assert_array_equal(a.tokens, b.tokens)
-      assert a.text == b.text and a.finish == b.finish
+      assert a.text == b.text
+      assert a.finish == b.finish
       assert len(b.run) == len(b.accepted_draft) == len(b.tokens)
       assert b.run[-1] == b.statistics.runs
       assert b.accepted_draft.sum() == b.statistics.accepted
 
 
 def test_adaptive_lengths_measure_their_costs_once(lm):
-  engine = generation.prepare(lm, drafter='n-gram')
+  engine = engine_lib.prepare(lm, drafter='n-gram')
   result = generation.generate(engine, PROMPTS[:1], max_new_tokens=30)
-  assert set(result.rounds) == set(generation.ADAPTIVE_LENGTHS)
+  assert set(result.rounds) == set(engine_lib.ADAPTIVE_LENGTHS)
   assert sum(result.rounds.values()) == result.statistics[0].runs
-  costs = [c for k, c in generation._COSTS.items() if k[0] == engine.decoder]
-  assert len(costs) == 1 and (costs[0] > 0).all()
+  costs = [c for k, c in engine_lib._COSTS.items() if k[0] == engine.decoder]
+  assert len(costs) == 1
+  assert (costs[0] > 0).all()
   generation.generate(engine, PROMPTS[:1], max_new_tokens=20)
-  again = [c for k, c in generation._COSTS.items() if k[0] == engine.decoder]
-  assert len(again) == 1 and again[0] is costs[0]
+  again = [c for k, c in engine_lib._COSTS.items() if k[0] == engine.decoder]
+  assert len(again) == 1
+  assert again[0] is costs[0]
   forced = generation.generate(
     engine, PROMPTS[:1], max_new_tokens=30, force_length=7
   )
@@ -61,9 +63,11 @@ def test_adaptive_lengths_measure_their_costs_once(lm):
 
 
 def test_coupled_text_is_the_plain_text_of_the_seed(lm):
-  settings = dict(temperature=1.0, top_p=0.9, seed=3, max_new_tokens=24)
-  coupled = dict(verifier='coupled')
-  plain = generation.generate(lm, PROMPTS, drafter='plain', **coupled, **settings)
+  settings = {'temperature': 1.0, 'top_p': 0.9, 'seed': 3, 'max_new_tokens': 24}
+  coupled = {'verifier': 'coupled'}
+  plain = generation.generate(
+    lm, PROMPTS, drafter='plain', **coupled, **settings
+  )
   drafted = generation.generate(
     lm, PROMPTS, drafter='n-gram', draft_length=3, **coupled, **settings
   )
@@ -93,7 +97,9 @@ def test_streaming_ends_with_the_whole_text(lm):
 
 
 def test_stop_strings_cut_text_and_end_the_row(lm):
-  whole = generation.generate(lm, PROMPTS[:1], drafter='plain', max_new_tokens=40)
+  whole = generation.generate(
+    lm, PROMPTS[:1], drafter='plain', max_new_tokens=40
+  )
   stop = whole.texts[0][6:8]
   cut = generation.generate(
     lm, PROMPTS[:1], drafter='plain', max_new_tokens=40, stop_strings=[stop]
@@ -113,21 +119,21 @@ def test_token_ids_are_prompts_too(lm):
 @pytest.mark.parametrize(
   ('change', 'said'),
   [
-    (dict(drafter='telepathy'), "drafter 'telepathy' is unknown"),
-    (dict(verifier='vibes'), "verifier 'vibes' is unknown"),
-    (dict(draft_length=0), 'draft_length must be >= 1'),
-    (dict(drafter='draft model'), 'needs draft='),
-    (dict(drafter='early exit', exit_layers=9), 'num_layers must be in'),
-    (dict(temperature=-1.0), 'temperature must be >= 0'),
-    (dict(temperature=1.0, top_p=0.0), r'top_p must be in \(0, 1\]'),
-    (dict(temperature=1.0, verifier='greedy'), 'needs temperature 0'),
-    (dict(max_new_tokens=0), 'max_new_tokens must be >= 1'),
-    (dict(max_new_tokens=5000), 'more than the context'),
-    (dict(slots=16), 'slots must be >='),
-    (dict(stop_strings=['']), 'stop_strings'),
-    (dict(prompts=[]), 'at least one prompt'),
-    (dict(prompts=['']), 'prompt 0 is empty'),
-    (dict(prompts=[[999]]), 'tokens outside'),
+    ({'drafter': 'telepathy'}, "drafter 'telepathy' is unknown"),
+    ({'verifier': 'vibes'}, "verifier 'vibes' is unknown"),
+    ({'draft_length': 0}, 'draft_length must be >= 1'),
+    ({'drafter': 'draft model'}, 'needs draft='),
+    ({'drafter': 'early exit', 'exit_layers': 9}, 'num_layers must be in'),
+    ({'temperature': -1.0}, 'temperature must be >= 0'),
+    ({'temperature': 1.0, 'top_p': 0.0}, r'top_p must be in \(0, 1\]'),
+    ({'temperature': 1.0, 'verifier': 'greedy'}, 'needs temperature 0'),
+    ({'max_new_tokens': 0}, 'max_new_tokens must be >= 1'),
+    ({'max_new_tokens': 5000}, 'more than the context'),
+    ({'slots': 16}, 'slots must be >='),
+    ({'stop_strings': ['']}, 'stop_strings'),
+    ({'prompts': []}, 'at least one prompt'),
+    ({'prompts': ['']}, 'prompt 0 is empty'),
+    ({'prompts': [[999]]}, 'tokens outside'),
   ],
 )
 def test_mistakes_name_the_argument_and_the_remedy(lm, change, said):
@@ -149,7 +155,7 @@ def test_a_draft_with_another_tokenizer_is_refused(lm):
   )
   stranger = untrained.language_model(config)
   with pytest.raises(ValueError, match='different tokenizers'):
-    generation.prepare(lm, drafter='draft model', draft=stranger)
+    engine_lib.prepare(lm, drafter='draft model', draft=stranger)
 
 
 def test_a_cut_of_the_target_drafts_and_all_layers_draft_perfectly(lm):
@@ -159,7 +165,7 @@ def test_a_cut_of_the_target_drafts_and_all_layers_draft_perfectly(lm):
       name='cut', config=config, params=params, tokenizer=lm.tokenizer
     )
 
-  choices = dict(drafter='draft model', draft_length=3, max_new_tokens=16)
+  choices = {'drafter': 'draft model', 'draft_length': 3, 'max_new_tokens': 16}
   whole = generation.generate(lm, PROMPTS, draft=cut([0, 1]), **choices)
   for row in whole.rows:
     assert row.statistics.acceptance_rate == 1.0

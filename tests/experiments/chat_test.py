@@ -5,6 +5,7 @@ import io
 import jax
 import pytest
 
+from efficiency_jax import engine as engine_lib
 from efficiency_jax import generation
 from efficiency_jax.io import export
 from efficiency_jax.io import pretrained
@@ -12,7 +13,7 @@ from efficiency_jax.io import untrained
 from experiments import chat
 
 ROOM = 96
-SLOTS = ROOM + 1 + generation.ADAPTIVE_LENGTHS[-1]  # as chats have it
+SLOTS = ROOM + 1 + engine_lib.ADAPTIVE_LENGTHS[-1]  # as chats have it
 
 
 @pytest.fixture(scope='module')

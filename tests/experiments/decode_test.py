@@ -22,13 +22,15 @@ REQUIRED = (
 
 
 def start(workdir: pathlib.Path, *overrides: str) -> None:
-  decode.main([
-    'decode',
-    '--config=configs/decode_tiny.py',
-    f'--workdir={workdir}',
-    '--nocompilation_cache',
-    *overrides,
-  ])
+  decode.main(
+    [
+      'decode',
+      '--config=configs/decode_tiny.py',
+      f'--workdir={workdir}',
+      '--nocompilation_cache',
+      *overrides,
+    ]
+  )
 
 
 @pytest.fixture(scope='module')
@@ -71,10 +73,12 @@ def test_a_plain_run_emits_one_token_and_drafts_nothing(finished):
 
 def test_report_and_figure_are_there(finished):
   report = (finished / 'report.md').read_text()
-  assert '| n-gram ' in report and 'speedup.png' in report
+  assert '| n-gram ' in report
+  assert 'speedup.png' in report
   assert (finished / 'speedup.png').read_bytes().startswith(b'\x89PNG')
   lines = (finished / 'log.jsonl').read_text().splitlines()
-  assert len(lines) == 3 and all(json.loads(line) for line in lines)
+  assert len(lines) == 3
+  assert all(json.loads(line) for line in lines)
 
 
 def test_finished_cases_are_not_decoded_again(finished, monkeypatch):
@@ -90,7 +94,8 @@ def test_finished_cases_are_not_decoded_again(finished, monkeypatch):
 def test_trace_shows_runs_and_refusals(finished, capsys):
   start(finished, '--show_tokens')
   shown = capsys.readouterr().out
-  assert 'accepted draft' in shown and 'token of the target' in shown
+  assert 'accepted draft' in shown
+  assert 'token of the target' in shown
 
 
 @pytest.mark.parametrize(
@@ -110,7 +115,8 @@ def test_mistakes_end_in_one_line(tmp_path, capsys, override, said):
     start(tmp_path / 'run', override)
   assert stopped.value.code == 1
   error = capsys.readouterr().err.strip().splitlines()[-1]
-  assert error.startswith('error: ') and said in error, error
+  assert error.startswith('error: ')
+  assert said in error
   assert not (tmp_path / 'run' / 'results.json').exists()
 
 

@@ -12,14 +12,14 @@ pytestmark = pytest.mark.short
 
 
 def row(**changes) -> statistics.Statistics:
-  counts = dict(
-    generated=10,
-    runs=4,
-    drafted=12,
-    accepted=6,
-    tested_at=(4, 3, 2),
-    accepted_at=(3, 2, 1),
-  )
+  counts = {
+    'generated': 10,
+    'runs': 4,
+    'drafted': 12,
+    'accepted': 6,
+    'tested_at': (4, 3, 2),
+    'accepted_at': (3, 2, 1),
+  }
   return statistics.Statistics(**{**counts, **changes})
 
 
@@ -41,7 +41,8 @@ def test_nothing_drafted_is_not_a_number():
 
 def test_total_adds_counts_of_different_draft_lengths():
   both = statistics.total([row(), row(tested_at=(4,), accepted_at=(1,))])
-  assert both.generated == 20 and both.runs == 8
+  assert both.generated == 20
+  assert both.runs == 8
   assert both.tested_at == (8, 3, 2)
   assert both.accepted_at == (4, 2, 1)
   with pytest.raises(ValueError, match='at least one'):

@@ -12,10 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficiency_jax import generation
+from efficiency_jax.io import assets
+from efficiency_jax.io import errors
 from efficiency_jax.io import export
 from efficiency_jax.io import pretrained
 from efficiency_jax.models import transformer
 from tests.efficiency_jax.io import tiny_models
+from tests.golden import texts
 
 # Long enough to leave the sliding windows of 16.
 _TOKENS = np.arange(40)[None] * 7 % 200
@@ -209,3 +213,72 @@ def test_llama_cpp_agrees_about_gguf(tmp_path, name):
   found = np.array(model.scores[: _TOKENS.shape[1]])
   # It keeps keys and values in float16.
   _assert_close(found[None], _logits(pretrained.load(path)), 2e-3)
+
+
+@pytest.fixture(scope='module')
+def released(tmp_path_factory):
+  """The released model as we load it, and as transformers loads our export."""
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  try:
+    assets.fetch('smollm2-135m')
+  except errors.FetchError as error:
+    pytest.skip(f'the released model cannot be had: {error}')
+  lm = pretrained.load('smollm2-135m')
+  directory = export.save(lm, tmp_path_factory.mktemp('released') / 'export')
+  tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+  model, report = transformers.AutoModelForCausalLM.from_pretrained(
+    directory, dtype=torch.float32, output_loading_info=True
+  )
+  assert not any(report.values())
+  return lm, tokenizer, model.eval()
+
+
+@pytest.mark.model
+@pytest.mark.peers
+def test_released_tokenizer_is_that_of_transformers(released):
+  lm, peer, _ = released
+  for text in texts.TEXTS:
+    ids = lm.tokenizer.encode(text)
+    assert ids == peer.encode(text, add_special_tokens=False), text
+    for skip in (False, True):
+      decoded = lm.tokenizer.decode(ids, skip_special=skip)
+      assert decoded == peer.decode(ids, skip_special_tokens=skip)
+  for messages in texts.CONVERSATIONS:
+    for prompt in (False, True):
+      found = lm.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=prompt
+      )
+      assert found == peer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=prompt
+      )
+  assert lm.tokenizer.eos_id == peer.eos_token_id
+  assert lm.tokenizer.bos_id == peer.bos_token_id
+
+
+@pytest.mark.model
+@pytest.mark.peers
+def test_released_model_writes_what_transformers_writes(released):
+  torch = pytest.importorskip('torch')
+  lm, _, peer = released
+  prompt = lm.tokenizer.encode(
+    lm.tokenizer.apply_chat_template(
+      [{'role': 'user', 'content': 'Tell me a long story about a lighthouse.'}]
+    )
+  )
+  ids = torch.tensor([prompt])
+  with torch.no_grad():
+    expected = peer(ids).logits.numpy()
+    written = peer.generate(
+      ids,
+      attention_mask=torch.ones_like(ids),
+      do_sample=False,
+      max_new_tokens=64,
+    )
+  apply = jax.jit(transformer.apply_fn(lm.config))
+  found = apply(lm.params, jnp.asarray([prompt]))[0].logits
+  np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3)
+  result = generation.generate(lm, [prompt], max_new_tokens=64, drafter='plain')
+  tokens = result.rows[0].tokens.tolist()
+  assert tokens == written[0, len(prompt) :].tolist()
+  assert len(tokens) == 64

@@ -10,6 +10,8 @@ from efficiency_jax.io import errors
 from efficiency_jax.io import gguf_file
 from tests.efficiency_jax.io import tiny_models
 
+pytestmark = pytest.mark.short
+
 _TYPES = gguf.GGMLQuantizationType
 
 

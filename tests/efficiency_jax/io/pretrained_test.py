@@ -31,6 +31,7 @@ def saved(tmp_path):
   return export.save(tiny_models.model('llama'), tmp_path / 'saved')
 
 
+@pytest.mark.short
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 @pytest.mark.parametrize('name', _FAMILIES)
 def test_loading_undoes_saving_bit_for_bit(tmp_path, name, dtype):

@@ -13,6 +13,8 @@ from efficiency_jax.io import gguf_file
 from efficiency_jax.io import gguf_tokenizer
 from efficiency_jax.io import tokenizer as tokenizers_io
 from tests.efficiency_jax.io import tiny_models
+from tests.golden import make_tokenizers
+from tests.golden import texts
 
 _TINY = tiny_models.tokenizer()
 _PIECES = ('<unk>', '<s>', '</s>', *(f'<0x{byte:02X}>' for byte in range(256)))
@@ -259,3 +261,37 @@ def test_malformed_files(tmp_path, name, content):
 def test_missing_tokenizer(tmp_path):
   with pytest.raises(errors.FileFormatError, match='does not exist'):
     tokenizers_io.from_directory(tmp_path)
+
+
+@pytest.fixture(params=['byte_level', 'sentencepiece'])
+def golden(request):
+  """A tokenizer of a checkpoint, and what transformers says about it."""
+  directory = make_tokenizers.DIRECTORY / request.param
+  expected = json.loads((directory / 'expected.json').read_text())
+  assert len(texts.TEXTS) == len(expected['ids']) == 200
+  return tokenizers_io.from_directory(directory), expected
+
+
+@pytest.mark.short
+def test_ids_and_texts_are_those_of_transformers(golden):
+  tokenizer, expected = golden
+  for place, text in enumerate(texts.TEXTS):
+    ids = expected['ids'][place]
+    assert tokenizer.encode(text) == ids, text
+    assert tokenizer.decode(ids) == expected['decoded'][place]
+    spelled = tokenizer.decode(ids, skip_special=False)
+    assert spelled == expected['spelled'][place]
+    literal = expected['literal'].get(str(place), ids)
+    assert tokenizer.encode(text, special=False) == literal, text
+  assert tokenizer.encode('Hello', add_bos=True) == expected['document']
+
+
+@pytest.mark.short
+def test_chats_are_those_of_transformers(golden):
+  tokenizer, expected = golden
+  for messages, rendered in zip(texts.CONVERSATIONS, expected['chats']):
+    found = [
+      tokenizer.apply_chat_template(messages, add_generation_prompt=prompt)
+      for prompt in (False, True)
+    ]
+    assert found == rendered

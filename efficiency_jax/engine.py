@@ -1,0 +1,255 @@
+"""A model made ready for one way of decoding: drafter, verifier, lengths.
+
+`generation` puts text around an engine; here are token ids and arrays.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficiency_jax.decoding import cost_table
+from efficiency_jax.decoding import drafters
+from efficiency_jax.decoding import sampling
+from efficiency_jax.decoding import schedule as schedule_lib
+from efficiency_jax.decoding import speculative
+from efficiency_jax.decoding import verifiers
+from efficiency_jax.decoding.prefill import slots_for
+from efficiency_jax.io.pretrained import LanguageModel
+from efficiency_jax.models import cache as kv_cache
+from efficiency_jax.models import transformer
+
+DRAFTERS = ('plain', 'n-gram', 'early exit', 'draft model')
+
+# Draft lengths that an adaptive generation compiles; 0 is plain decoding.
+ADAPTIVE_LENGTHS = (0, 3, 7, 15)
+
+# Chance that a draft token is kept, before any was seen, for n-gram matches of
+# 1 .. 8 tokens: rounded from greedy texts of SmolLM2 (DESIGN.md).
+_NGRAM_PRIOR = (0.35, 0.65, 0.8, 0.85, 0.85, 0.9, 0.9, 0.95)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Engine:
+  """A model prepared for decoding in one way.
+
+  Attributes:
+    lm: The target model.
+    decoder: The loop's static choices.
+    weights: Parameters of target and draft.
+    stop_tokens: Tokens that end a row; the token itself is kept.
+  """
+
+  lm: LanguageModel
+  decoder: speculative.Decoder
+  weights: drafters.Weights
+  stop_tokens: tuple[int, ...]
+
+
+def prepare(
+  lm: LanguageModel,
+  *,
+  drafter: str = 'n-gram',
+  draft: LanguageModel | None = None,
+  exit_layers: int | None = None,
+  draft_length: int | None = None,
+  verifier: str | None = None,
+  greedy: bool = True,
+  stop: bool = True,
+) -> Engine:
+  """Chooses drafter, verifier and draft lengths for a model.
+
+  Args:
+    lm: The target.
+    drafter: 'plain', 'n-gram', 'early exit' or 'draft model'.
+    draft: The model of 'draft model'; must have the target's tokenizer.
+    exit_layers: Layers that 'early exit' runs; a third of them if None.
+    draft_length: Tokens a draft; None adapts it from round to round. With
+      'plain' it widens the target's pass without drafting, which makes its
+      products those of verification.
+    verifier: 'greedy', 'token', 'block' or 'coupled'; None takes greedy or
+      block by `greedy`.
+    greedy: Whether every row will be greedy.
+    stop: Whether the model's stop tokens end a row.
+
+  Raises:
+    ValueError: A choice is unknown or does not fit the model.
+  """
+  if drafter not in DRAFTERS:
+    raise ValueError(
+      f'drafter {drafter!r} is unknown; there are {", ".join(DRAFTERS)}.'
+    )
+  smallest = 0 if drafter == 'plain' else 1
+  if draft_length is not None and draft_length < smallest:
+    raise ValueError(
+      f'draft_length must be >= {smallest} with drafter {drafter!r}, got'
+      f' {draft_length}.'
+    )
+  verifier = verifier or ('greedy' if greedy else 'block')
+  if verifier == 'greedy' and not greedy:
+    raise ValueError(
+      "verifier 'greedy' needs temperature 0; use 'block', 'token' or"
+      " 'coupled'."
+    )
+  lengths = ADAPTIVE_LENGTHS if draft_length is None else (draft_length,)
+  prior = (0.5,)
+  if drafter == 'plain':
+    lengths = (draft_length or 0,)
+    chosen = drafters.Nothing()
+  elif drafter == 'n-gram':
+    chosen, prior = drafters.NGram(), _NGRAM_PRIOR
+  elif drafter == 'early exit':
+    layers = max(1, lm.config.num_layers // 3)
+    layers = layers if exit_layers is None else exit_layers
+    shallow = lm.config.truncated(layers)
+    chosen = drafters.EarlyExit(apply=transformer.apply_fn(shallow))
+  else:
+    chosen = _draft_model(lm, draft)
+  decoder = speculative.Decoder(
+    apply=transformer.apply_fn(lm.config),
+    drafter=chosen,
+    verifier=verifiers.named(verifier),
+    schedule=schedule_lib.Schedule(lengths=lengths, prior=prior),
+  )
+  weights = drafters.Weights(lm.params, draft.params if draft else None)
+  return Engine(
+    lm=lm,
+    decoder=decoder,
+    weights=weights,
+    stop_tokens=lm.tokenizer.stop_ids if stop else (),
+  )
+
+
+def _draft_model(
+  lm: LanguageModel, draft: LanguageModel | None
+) -> drafters.DraftModel:
+  if draft is None:
+    raise ValueError("drafter 'draft model' needs draft=, a loaded model.")
+  same = draft.tokenizer.fingerprint == lm.tokenizer.fingerprint
+  if not same or draft.config.vocab_size != lm.config.vocab_size:
+    raise ValueError(
+      f'draft {draft.name} and target {lm.name} have different tokenizers:'
+      ' take a draft of the same family.'
+    )
+  return drafters.DraftModel(
+    apply=transformer.apply_fn(draft.config),
+    init_cache=kv_cache.initializer(draft.config, _dtype(draft)),
+  )
+
+
+def start(
+  engine: Engine,
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  settings: sampling.Sampling,
+  keys: jax.Array,
+  slots: int,
+) -> speculative.State:
+  """Reads encoded prompts into buffers of `slots` tokens a row."""
+  lengths = np.array([len(ids) for ids in prompts], np.int32)
+  tokens = np.zeros((len(prompts), slots), np.int32)
+  for row, ids in enumerate(prompts):
+    tokens[row, : len(ids)] = ids
+  cache = kv_cache.init(
+    engine.lm.config, len(prompts), slots_for(slots), _dtype(engine.lm)
+  )
+  return speculative.start(
+    engine.decoder,
+    engine.weights,
+    jnp.asarray(tokens),
+    jnp.asarray(lengths),
+    jnp.asarray(lengths + max_new_tokens),
+    jnp.asarray(engine.stop_tokens or (-1,), jnp.int32),
+    settings,
+    keys,
+    cache,
+  )
+
+
+def run(
+  engine: Engine,
+  state: speculative.State,
+  costs: np.ndarray | None = None,
+  rounds: int | None = None,
+  force_length: int | None = None,
+) -> speculative.State:
+  """Runs the compiled loop to the end, or for `rounds` rounds."""
+  forced = -1
+  if force_length is not None:
+    forced = engine.decoder.schedule.lengths.index(force_length)
+  if costs is None:
+    costs = np.ones(len(engine.decoder.schedule.lengths), np.float32)
+  state = speculative.run(
+    engine.decoder,
+    engine.weights,
+    state,
+    jnp.int32(np.iinfo(np.int32).max if rounds is None else rounds),
+    jnp.asarray(costs, jnp.float32),
+    jnp.int32(forced),
+  )
+  return jax.block_until_ready(state)
+
+
+def compiled(
+  engine: Engine, settings: sampling.Sampling, batch: int, slots: int
+) -> jax.stages.Compiled:
+  """The program of a generation, to ask it for memory or to read it."""
+  prompts = [[0]] * batch
+  keys = sampling.row_keys(0, jnp.arange(batch))
+  state = start(engine, prompts, 1, settings, keys, slots)
+  costs = jnp.ones((len(engine.decoder.schedule.lengths),), jnp.float32)
+  number = jnp.int32(0)
+  arguments = (engine.decoder, engine.weights, state, number, costs, number)
+  return speculative.run.lower(*arguments).compile()
+
+
+_COSTS: dict[Any, np.ndarray] = {}
+
+
+def measured_costs(
+  engine: Engine, settings: sampling.Sampling, batch: int, slots: int
+) -> np.ndarray:
+  """Seconds a round of each draft length for a batch of this size.
+
+  Measured once in a process for a decoder, kind of sampling, batch and buffer
+  size. The table steers speed alone, never the law of the text.
+  """
+  kind = jax.tree.structure(settings)
+  key = (engine.decoder, kind, batch, slots, _dtype(engine.lm))
+  if key not in _COSTS:
+    slack = engine.decoder.slack
+    rounds = max(1, min(6, slots // slack // 2))
+    prompt = max(1, min(slots // 2, slots - slack * (rounds + 1)))
+    vocab = engine.lm.config.vocab_size
+    ids = np.random.default_rng(0).integers(0, vocab, (batch, prompt))
+    keys = sampling.row_keys(0, jnp.arange(batch))
+    budget = slots - slack - prompt
+    state = start(engine, ids.tolist(), budget, settings, keys, slots)
+    _COSTS[key] = cost_table.measure(
+      engine.decoder, engine.weights, state, rounds=min(rounds, budget // slack)
+    )
+  return _COSTS[key]
+
+
+def slots_for_text(engine: Engine, tokens: int, slots: int | None) -> int:
+  """Buffer size: the next power of two that holds `tokens` and a round.
+
+  Prompts of one size share their compiled programs. A given `slots` is kept, if
+  it is large enough.
+  """
+  need = tokens + engine.decoder.slack
+  if slots is None:
+    return max(128, 1 << (need - 1).bit_length())
+  if slots < need:
+    raise ValueError(
+      f'slots must be >= {need} for prompt, max_new_tokens and one round, got'
+      f' {slots}.'
+    )
+  return slots
+
+
+def _dtype(lm: LanguageModel) -> Any:
+  return jax.tree.leaves(lm.params)[0].dtype

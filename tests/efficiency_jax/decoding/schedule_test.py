@@ -1,0 +1,124 @@
+"""The choice of the draft length is the best expected rate, and adapts."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficiency_jax.decoding import cost_model
+from efficiency_jax.decoding import schedule
+
+
+def _observe(rule, estimate, kind, accepted, tested, times=1):
+  for _ in range(times):
+    estimate = schedule.observe(
+      rule,
+      estimate,
+      jnp.asarray(kind),
+      jnp.asarray(accepted),
+      jnp.asarray(tested),
+    )
+  return estimate
+
+
+def test_counts_fade_as_documented():
+  rule = schedule.Schedule(lengths=(0, 4), decay=0.5, recovery=0.9)
+  estimate = schedule.init(2, 2)
+  estimate = _observe(rule, estimate, [0, 1], [3, 0], [4, 0])
+  np.testing.assert_allclose(estimate.accepted, [[3, 0], [0, 0]])
+  np.testing.assert_allclose(estimate.refused, [[1, 0], [0, 0]])
+  # Row 0 sees its other kind: the first kind only recovers.
+  estimate = _observe(rule, estimate, [1, 1], [2, 0], [2, 1])
+  np.testing.assert_allclose(estimate.accepted, [[2.7, 2], [0, 0]])
+  np.testing.assert_allclose(estimate.refused, [[0.9, 0], [0, 1]], atol=1e-7)
+  # Again: decay and recovery. A row that tested nothing only recovers.
+  estimate = _observe(rule, estimate, [1, 1], [0, 0], [1, 0])
+  np.testing.assert_allclose(
+    estimate.accepted, [[2.43, 0.9], [0, 0]], rtol=1e-6
+  )
+  np.testing.assert_allclose(estimate.refused, [[0.81, 1], [0, 0.9]], rtol=1e-6)
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_the_choice_is_the_best_expected_rate(seed):
+  rng = np.random.default_rng(seed)
+  lengths = (0, 1, 3, 7)
+  rule = schedule.Schedule(lengths=lengths, prior=(0.3, 0.8), prior_weight=2.0)
+  estimate = schedule.Estimate(
+    *jnp.asarray(rng.gamma(2.0, 2.0, (2, 4, 3)), jnp.float32)
+  )
+  kind, count = rng.integers(0, 3, 4), rng.integers(0, 9, 4)
+  live = rng.random(4) < 0.7
+  costs = 1 + np.cumsum(rng.random(4)) * 0.4
+  rates = []
+  for length, cost in zip(lengths, costs, strict=True):
+    tokens = 0.0
+    for row in range(4):
+      prior = (0.3, 0.8, 0.8)[kind[row]]
+      accepted = float(estimate.accepted[row, kind[row]])
+      refused = float(estimate.refused[row, kind[row]])
+      alpha = (accepted + 2 * prior) / (accepted + refused + 2)
+      if live[row]:
+        tokens += sum(alpha**i for i in range(min(length, count[row]) + 1))
+    rates.append(tokens / cost)
+  chosen = schedule.choose(
+    rule,
+    estimate,
+    jnp.asarray(kind),
+    jnp.asarray(count),
+    jnp.asarray(live),
+    jnp.asarray(costs, jnp.float32),
+  )
+  assert int(chosen) == int(np.argmax(rates))
+
+
+def test_failures_lead_to_plain_decoding_and_time_to_another_try():
+  rule = schedule.Schedule(
+    lengths=(0, 4), prior=(0.5,), prior_weight=2.0, decay=0.85, recovery=0.995
+  )
+  costs = jnp.asarray([1.0, 1.5])
+  choose = lambda estimate, count=4: int(
+    schedule.choose(
+      rule,
+      estimate,
+      jnp.asarray([0]),
+      jnp.asarray([count]),
+      jnp.asarray([True]),
+      costs,
+    )
+  )
+  estimate = schedule.init(1, 1)
+  assert choose(estimate) == 1
+  # Nothing to draft: a longer round can only cost more.
+  assert choose(estimate, count=0) == 0
+  estimate = _observe(rule, estimate, [0], [0], [1], times=8)
+  assert choose(estimate) == 0
+  waited = _observe(rule, estimate, [0], [0], [0], times=600)
+  assert choose(waited) == 1
+  # A draft that always stands is finite too.
+  estimate = _observe(rule, estimate, [0], [4], [4], times=200)
+  assert choose(estimate) == 1
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'lengths': ()}, 'draft lengths must be >= 0'),
+    ({'lengths': (-1, 2)}, 'draft lengths must be >= 0'),
+    ({'lengths': (3, 1)}, 'must ascend'),
+    ({'lengths': (1, 1)}, 'must ascend'),
+    ({'prior': (0.0,)}, 'prior must be inside'),
+    ({'prior': ()}, 'prior must be inside'),
+    ({'prior': (0.5, 1.0)}, 'prior must be inside'),
+  ],
+)
+def test_impossible_schedules_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    schedule.Schedule(**fields)
+
+
+def test_expected_tokens_is_the_sum_of_powers():
+  for alpha in (0.0, 0.3, 0.9):
+    for length in range(6):
+      expected = sum(alpha**i for i in range(length + 1))
+      got = cost_model.expected_tokens(alpha, length)
+      np.testing.assert_allclose(got, expected, rtol=1e-12)

@@ -1,0 +1,53 @@
+"""The cache is written row by row where its cursors stand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficiency_jax.models import cache as kv_cache
+from tests import fixtures
+
+
+def test_an_empty_cache_has_whole_blocks():
+  config = fixtures.config()
+  cache = kv_cache.init(config, 3, 130, jnp.bfloat16)
+  assert len(cache.keys) == len(cache.values) == 2
+  assert cache.keys[0].shape == cache.values[1].shape == (3, 2, 256, 4)
+  assert cache.keys[0].dtype == jnp.bfloat16
+  assert cache.length.tolist() == [0, 0, 0]
+  assert kv_cache.capacity(128) == 128
+  with pytest.raises(ValueError, match='slots must be >= 1, got 0'):
+    kv_cache.init(config, 3, 0)
+
+
+def test_rows_are_written_at_their_own_cursor():
+  rng = np.random.default_rng(0)
+  buffer = rng.normal(size=(3, 2, 9, 4)).astype(np.float32)
+  new = rng.normal(size=(3, 2, 4, 4)).astype(np.float32)
+  start = [0, 5, 2]
+  expected = buffer.copy()
+  for row, first in enumerate(start):
+    expected[row, :, first : first + 4] = new[row]
+  got = jax.jit(kv_cache.write)(
+    jnp.asarray(buffer), jnp.asarray(new), jnp.asarray(start)
+  )
+  np.testing.assert_array_equal(got, expected)
+  # New entries take the dtype of the cache.
+  narrow = kv_cache.write(
+    jnp.asarray(buffer, jnp.bfloat16), jnp.asarray(new), jnp.asarray(start)
+  )
+  assert narrow.dtype == jnp.bfloat16
+
+
+def test_rolling_back_moves_no_data():
+  cache = kv_cache.init(fixtures.config(), 2, 8)
+  back = kv_cache.roll_back(cache, jnp.asarray([3, 1]))
+  assert back.keys[0] is cache.keys[0]
+  assert back.length.tolist() == [3, 1]
+
+
+def test_initializers_of_equal_configs_are_one_object():
+  one = kv_cache.initializer(fixtures.config(), jnp.bfloat16)
+  assert one is kv_cache.initializer(fixtures.config(), jnp.bfloat16)
+  assert one(2, 10).keys[0].shape == (2, 2, 128, 4)
