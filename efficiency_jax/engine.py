@@ -25,7 +25,7 @@ from efficiency_jax.models import transformer
 DRAFTERS = ('plain', 'n-gram', 'early exit', 'draft model')
 
 # Draft lengths that an adaptive generation compiles; 0 is plain decoding.
-ADAPTIVE_LENGTHS = (0, 3, 7, 15)
+ADAPTIVE_LENGTHS = (0, 1, 3, 7, 15)
 
 # Chance that a draft token is kept, before any was seen, for n-gram matches of
 # 1 .. 8 tokens: rounded from greedy texts of SmolLM2 (DESIGN.md).

@@ -107,8 +107,10 @@ def generate(
 ) -> Generation:
   """Continues every prompt, all of them in one batch.
 
-  What a prompt gets depends on the seed and on its place in the list, not on
-  the other prompts.
+  Greedy, plain and coupled text depends on the seed and on the prompt's place
+  in the list, not on the other prompts. With the verifiers token and block the
+  law of the text is fixed, but which text is drawn also depends on the draft
+  lengths, which an adaptive batch shares.
 
   Args:
     lm: A model, or an `Engine` from `prepare` to keep its choices.

@@ -76,7 +76,12 @@ ONLY_IN = {
 }
 
 # Tests of several rooms at once; every other test names the module it tests.
-CROSS_CUTTING = {'tests/layering_test.py'}
+CROSS_CUTTING = {
+  'tests/layering_test.py',
+  # One module, three kinds of proof.
+  'tests/efficiency_jax/decoding/speculative_law_test.py',
+  'tests/efficiency_jax/decoding/speculative_program_test.py',
+}
 
 VAGUE_NAMES = {'base', 'common', 'helpers', 'misc', 'util', 'utils'}
 MAX_LINES = 500

@@ -3,8 +3,9 @@
 There is one `processed_logits`; plain sampling, drafting, verification and the
 bonus token all use it, so they cannot disagree about the target distribution.
 
-Randomness is keyed by (row, position, purpose): what a row samples does not
-depend on the rest of the batch, on padding, or on the draft length.
+Randomness is keyed by (row, position, purpose), and that of drafts and accept
+tests also by the round: what a row samples does not depend on padding or on the
+rest of the batch, and plain and coupled text not on the draft length either.
 """
 
 import enum
@@ -58,7 +59,8 @@ def make(
   """
 
   def rows(name, value, dtype, valid, neutral, remedy):
-    array = np.asarray(value, np.float64)
+    # Checked as float32 sees it: a tiny number may be zero there.
+    array = np.asarray(value, np.float32 if dtype != jnp.int32 else np.float64)
     if array.ndim > 1 or (array.ndim == 1 and array.shape[0] != batch):
       raise ValueError(f'{name} must be one value or one for each of {batch}.')
     for item in np.atleast_1d(array):
@@ -69,7 +71,14 @@ def make(
     return jnp.asarray(np.broadcast_to(array, (batch,)), dtype)
 
   return Sampling(
-    rows('temperature', temperature, jnp.float32, lambda t: t >= 0, 0, '>= 0'),
+    rows(
+      'temperature',
+      temperature,
+      jnp.float32,
+      lambda t: t == 0 or t >= 1e-6,
+      0,
+      '>= 0',
+    ),
     rows(
       'top_k',
       top_k,
@@ -78,13 +87,13 @@ def make(
       0,
       'a whole number >= 0 (0 keeps all)',
     ),
-    rows('top_p', top_p, jnp.float32, lambda p: 0 < p <= 1, 1, 'in (0, 1]'),
+    rows('top_p', top_p, jnp.float32, lambda p: 1e-6 <= p <= 1, 1, 'in (0, 1]'),
     rows('min_p', min_p, jnp.float32, lambda p: 0 <= p < 1, 0, 'in [0, 1)'),
     rows(
       'repetition_penalty',
       repetition_penalty,
       jnp.float32,
-      lambda r: r > 0,
+      lambda r: r >= 1e-6,
       1,
       '> 0 (1 is none)',
     ),
@@ -189,7 +198,9 @@ def draw(
   often as position-keyed noise allows (arXiv 2408.07978).
   """
   vocab_size = logits.shape[-1]
-  noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (vocab_size,))))
+  noise = jax.vmap(
+    jax.vmap(lambda key: jax.random.gumbel(key, (vocab_size,), mode='high'))
+  )
   return jnp.argmax(logits + noise(keys), axis=-1).astype(jnp.int32)
 
 

@@ -113,6 +113,8 @@ def start(
   `N` must be at least `limit.max() + decoder.slack`, and the cache must have
   that many slots and `prefill.slots_for(length.max())`.
   """
+  if decoder.verifier is GREEDY and not sampling_lib.is_greedy(sampling):
+    raise ValueError("verifier 'greedy' needs temperature 0 in every row.")
   # Not one jitted program: decoders of one target share the compiled prefill.
   cache = prefill(decoder.apply, weights.target, tokens, length, cache)
   context = Context(tokens, length, keys, sampling)
@@ -191,7 +193,8 @@ def run(
       ~state.done,
       costs,
     )
-    return jnp.where(forced >= 0, forced, chosen)
+    last = len(lengths) - 1
+    return jnp.where(forced >= 0, jnp.minimum(forced, last), chosen)
 
   def rounds_of(index, carry):
     """Rounds of one draft length, for as long as it is the choice."""

@@ -96,17 +96,16 @@ def _block(keys, position, logits, proposal: Proposal) -> Verdict:
   # h_i = S_i / (S_i + 1 - p_i) with S_i the residual mass after i tokens; the
   # last token meant has h = p. u (S + 1 - p) < S needs no division.
   mass = residuals.sum(-1)[:, 1:]
-  inner = uniform * (mass + 1.0 - weight[:, 1:]) < mass
+  inner = uniform * (mass + (1.0 - weight[:, 1:])) < mass
   is_last = jnp.arange(1, drafted + 1) == proposal.count[:, None]
   kept = jnp.where(is_last, uniform < weight[:, 1:], inner) & meant
   # The longest prefix whose test passed, whatever the tests before it said.
   num_accepted = jnp.max(
     jnp.where(kept, jnp.arange(1, drafted + 1), 0), axis=-1, initial=0
   )
-  # After the whole draft the next token is drawn from p itself, unweighted.
-  complete = (num_accepted == proposal.count)[:, None]
+  # After the whole draft q is zero, and the residual is p but for a factor.
+  residual = _row(residuals, num_accepted)
   fallback = _row(p, num_accepted)
-  residual = jnp.where(complete, fallback, _row(residuals, num_accepted))
   return _correct(keys, position, num_accepted, residual, fallback)
 
 

@@ -59,6 +59,12 @@ def cached_attention(
   cost follows the longest row and not the capacity.
   """
   batch, time, heads, head_dim = queries.shape
+  if keys.shape[2] % BLOCK:
+    # A shorter last block would be clamped to start before its own slots.
+    raise ValueError(
+      f'a cache must have a multiple of {BLOCK} slots, got {keys.shape[2]}:'
+      ' make it with cache.init.'
+    )
   groups = heads // keys.shape[1]
   # Rows of one product are the (group, time) pairs that share a key head.
   rows = _group(queries, keys.shape[1]).transpose(0, 2, 3, 1, 4)

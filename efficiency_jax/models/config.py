@@ -28,6 +28,13 @@ class RopeScaling:
       raise ValueError(
         f'rope scaling {self.kind!r} is not supported: linear and llama3 are.'
       )
+    if self.kind == 'llama3' and not (
+      0 < self.low_frequency_factor < self.high_frequency_factor
+    ):
+      raise ValueError(
+        'rope scaling needs 0 < low_frequency_factor < high_frequency_factor,'
+        f' got {self.low_frequency_factor} and {self.high_frequency_factor}.'
+      )
     if not self.factor > 0:
       raise ValueError(f'rope scaling factor must be > 0, got {self.factor}.')
 
@@ -129,6 +136,13 @@ class DecoderConfig:
         f'windows must name all {self.num_layers} layers or none, got'
         f' {len(self.windows)}.'
       )
+    for window in self.windows:
+      if window is not None and window < 1:
+        raise ValueError(f'windows must be >= 1 or None, got {window}.')
+    for name in ('attention_softcap', 'final_softcap'):
+      value = getattr(self, name)
+      if value is not None and not (math.isfinite(value) and value > 0):
+        raise ValueError(f'{name} must be > 0 or None, got {value}.')
     for name in ('norm_epsilon', 'rope_theta'):
       value = getattr(self, name)
       if not (math.isfinite(value) and value > 0):

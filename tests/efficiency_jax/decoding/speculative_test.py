@@ -7,7 +7,6 @@ tokens, settings, seeds and forced draft lengths are data.
 """
 
 import functools
-import re
 
 import chex
 import hypothesis
@@ -492,88 +491,6 @@ def test_no_program_is_compiled_again_for_another_request():
   # An equal decoder, built anew, is the same static argument.
   assert _decoder('n-gram', 'coupled', 4) == decoder
   assert hash(_decoder('n-gram', 'coupled', 4)) == hash(decoder)
-
-
-def _loops(program: str) -> dict[str, list[str]]:
-  """Lines of every computation that is a body of a while, or in one."""
-  computations = {}
-  for block in re.split(r'\n\n', program):
-    head = re.match(r'\s*(?:ENTRY )?%?([\w.\-]+) ', block)
-    if head:
-      computations[head.group(1)] = block.splitlines()[1:]
-  calls = lambda lines: (
-    {
-      name
-      for line in lines
-      for name in re.findall(
-        r'(?:body|condition|calls|to_apply)=%?([\w.\-]+)', line
-      )
-    }
-    | {
-      name
-      for line in lines
-      for names in re.findall(
-        r'(?:called_computations|branch_computations)=\{([^}]*)\}', line
-      )
-      for name in re.findall(r'[\w.\-]+', names)
-    }
-  )
-  found, waiting = (
-    {},
-    {
-      name
-      for lines in computations.values()
-      for line in lines
-      for name in re.findall(r'body=%?([\w.\-]+)', line)
-    },
-  )
-  while waiting:
-    name = waiting.pop()
-    if name in computations and name not in found:
-      found[name] = computations[name]
-      waiting |= calls(computations[name])
-  return found
-
-
-@pytest.mark.parametrize('drafter', ['n-gram', 'early exit', 'draft model'])
-def test_a_round_copies_no_cache_and_converts_no_weight(drafter):
-  # Odd sizes, so that a shape in the program can only be a cache or a weight.
-  config = fixtures.config(vocab_size=97, ffn_width=37)
-  draft = fixtures.config(vocab_size=97, ffn_width=37, num_layers=1)
-  chosen = {
-    'n-gram': drafters.NGram(),
-    'early exit': drafters.EarlyExit(
-      apply=transformer.apply_fn(config.truncated(1))
-    ),
-    'draft model': drafters.DraftModel(
-      apply=transformer.apply_fn(draft),
-      init_cache=kv_cache.initializer(draft),
-    ),
-  }[drafter]
-  decoder = _decoder(chosen, 'greedy', 0, 3, config=config)
-  weights = drafters.Weights(fixtures.params(config), fixtures.params(draft))
-  state = fixtures.begin(decoder, weights, config, _PROMPTS, 170)
-  shape = state.cache.keys[0].shape
-  assert shape == (3, 2, 256, 4)
-  program = (
-    speculative.run.lower(
-      decoder, weights, state, jnp.int32(9), jnp.ones(2), jnp.int32(-1)
-    )
-    .compile()
-    .as_text()
-  )
-  loops = _loops(program)
-  assert 'dynamic-update-slice' in str(loops)
-  cache = r'\[' + ','.join(map(str, shape)) + r'\]'
-  sizes = {leaf.shape for leaf in jax.tree.leaves(weights) if leaf.ndim == 2}
-  for lines in loops.values():
-    for line in lines:
-      assert not re.search(cache + r'\S* copy\(', line), line
-      for size in sizes:
-        shapes = rf'\[{size[0]},{size[1]}\]|\[{size[1]},{size[0]}\]'
-        assert not re.search(
-          rf'({shapes})\S* (convert|copy|transpose)\(', line
-        ), line
 
 
 def test_a_decoder_with_a_drafter_needs_a_draft_length():

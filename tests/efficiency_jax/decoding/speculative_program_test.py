@@ -1,0 +1,52 @@
+"""What XLA makes of the loop: no copy of the cache, no conversion of weights."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from efficiency_jax.decoding import drafters
+from efficiency_jax.decoding import schedule
+from efficiency_jax.decoding import speculative
+from efficiency_jax.evaluation import speed
+from efficiency_jax.models import cache as kv_cache
+from efficiency_jax.models import transformer
+from tests import fixtures
+
+# Odd sizes, so that a shape in the program can only be a cache or a weight.
+CONFIG = fixtures.config(vocab_size=97, ffn_width=37)
+DRAFT = fixtures.config(vocab_size=97, ffn_width=37, num_layers=1)
+DRAFTERS = {
+  'n-gram': drafters.NGram(),
+  'early exit': drafters.EarlyExit(
+    apply=transformer.apply_fn(CONFIG.truncated(1))
+  ),
+  'draft model': drafters.DraftModel(
+    apply=transformer.apply_fn(DRAFT), init_cache=kv_cache.initializer(DRAFT)
+  ),
+}
+
+
+@pytest.mark.parametrize('drafter', list(DRAFTERS))
+def test_a_round_copies_no_cache_and_converts_no_weight(drafter):
+  decoder = speculative.Decoder(
+    apply=transformer.apply_fn(CONFIG),
+    drafter=DRAFTERS[drafter],
+    schedule=schedule.Schedule(lengths=(0, 3)),
+  )
+  weights = drafters.Weights(fixtures.params(CONFIG), fixtures.params(DRAFT))
+  prompts = [[1, 2, 3, 1, 2], [7], [4, 9, 9, 4, 9, 9, 4]]
+  state = fixtures.begin(decoder, weights, CONFIG, prompts, 170)
+  cache = state.cache.keys[0].shape
+  assert cache == (3, 2, 256, 4)
+  arguments = (decoder, weights, state, jnp.int32(9), jnp.ones(2), jnp.int32(0))
+  program = speculative.run.lower(*arguments).compile().as_text()
+  found = speed.loop_operations(program)
+  assert found['dynamic-update-slice', cache] or any(
+    name == 'dynamic-update-slice' for name, _ in found
+  )
+  assert not found['copy', cache]
+  for leaf in jax.tree.leaves(weights):
+    if leaf.ndim == 2:
+      for shape in (leaf.shape, leaf.shape[::-1]):
+        for operation in ('convert', 'copy', 'transpose'):
+          assert not found[operation, shape], (operation, shape)
