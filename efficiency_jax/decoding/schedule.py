@@ -34,6 +34,8 @@ class Schedule:
     prior_weight: How many observations the prior is worth.
     decay: What a round leaves of the counts of the kind it observed.
     recovery: What every round leaves of all counts.
+    margin: What a draft must promise beyond plain decoding, as a share: costs
+      and acceptance are estimates, and plain decoding never loses.
   """
 
   lengths: tuple[int, ...] = (4,)
@@ -41,6 +43,7 @@ class Schedule:
   prior_weight: float = 1.0
   decay: float = 0.8
   recovery: float = 0.99
+  margin: float = 0.05
 
   def __post_init__(self):
     if not self.lengths or any(g < 0 for g in self.lengths):
@@ -108,4 +111,5 @@ def choose(
   usable = jnp.minimum(lengths, count[:, None].astype(jnp.float32))
   tokens = cost_model.expected_tokens(jnp.minimum(alpha, 0.999), usable)
   rate = jnp.where(live[:, None], tokens, 0.0).sum(0) / costs
+  rate = jnp.where(lengths == 0, rate * (1 + schedule.margin), rate)
   return jnp.argmax(rate).astype(jnp.int32)

@@ -122,3 +122,14 @@ def test_expected_tokens_is_the_sum_of_powers():
       expected = sum(alpha**i for i in range(length + 1))
       got = cost_model.expected_tokens(alpha, length)
       np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(('promise', 'index'), [(1.04, 0), (1.06, 1)])
+def test_a_draft_must_promise_a_margin(promise, index):
+  plan = schedule.Schedule(lengths=(0, 1), prior=(0.5,), margin=0.05)
+  estimate = schedule.init(1, 1)
+  # With alpha 1/2 a draft of one emits 1.5 tokens.
+  costs = jnp.asarray([1.0, 1.5 / promise])
+  zero, one = jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32)
+  chosen = schedule.choose(plan, estimate, zero, one, one > 0, costs)
+  assert int(chosen) == index

@@ -1,4 +1,4 @@
-"""What XLA makes of the loop: no copy of the cache, no conversion of weights."""
+"""What XLA makes of the loop: no copy of the cache, no convert of weights."""
 
 import jax
 import jax.numpy as jnp

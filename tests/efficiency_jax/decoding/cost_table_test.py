@@ -1,0 +1,50 @@
+"""The cost table times the loop that decodes, at every draft length."""
+
+import numpy as np
+import pytest
+
+from efficiency_jax.decoding import cost_table
+from efficiency_jax.decoding import drafters
+from efficiency_jax.decoding import schedule
+from efficiency_jax.decoding import speculative
+from efficiency_jax.models import transformer
+from tests import fixtures
+
+CONFIG = fixtures.config()
+DECODER = speculative.Decoder(
+  apply=transformer.apply_fn(CONFIG),
+  drafter=drafters.NGram(),
+  schedule=schedule.Schedule(lengths=(0, 2)),
+)
+WEIGHTS = drafters.Weights(fixtures.params(CONFIG))
+
+
+def test_every_length_is_forced_for_all_its_rounds(monkeypatch):
+  seen = []
+  run = speculative.run
+
+  def watched(decoder, weights, state, rounds, costs, forced):
+    before = np.asarray(state.counters.chosen)
+    state = run(decoder, weights, state, rounds, costs, forced)
+    seen.append((int(forced), np.asarray(state.counters.chosen) - before))
+    return state
+
+  monkeypatch.setattr(speculative, 'run', watched)
+  # The first token that plain decoding would write stops a row: not here.
+  prompt = [[1, 2, 3]]
+  text = fixtures.plain_texts(CONFIG, WEIGHTS.target, prompt, 1)[0]
+  stop = (int(text[-1]),)
+  state = fixtures.begin(DECODER, WEIGHTS, CONFIG, prompt, 60, stop=stop)
+  seconds = cost_table.measure(DECODER, WEIGHTS, state, rounds=3, repeats=2)
+  assert seconds.shape == (2,)
+  assert (seconds > 0).all()
+  assert [index for index, _ in seen] == [0, 1] * 3
+  for index, chosen in seen:
+    assert chosen[index] == 3
+    assert chosen.sum() == 3
+
+
+def test_rows_without_room_are_refused():
+  state = fixtures.begin(DECODER, WEIGHTS, CONFIG, [[1, 2, 3]], 8)
+  with pytest.raises(ValueError, match='room for 3 rounds'):
+    cost_table.measure(DECODER, WEIGHTS, state, rounds=3)
