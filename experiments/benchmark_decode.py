@@ -32,6 +32,7 @@ from efficiency_jax.models import cache as kv_cache
 from experiments import candidates
 from experiments import decode
 from experiments import display
+from experiments import figures
 from experiments import launch
 from experiments import peers
 from experiments import workdir as workdirs
@@ -104,7 +105,8 @@ def experiment(
         row['roofline_fraction'] = row['tokens_per_second'] / bound
     rows += rounds + speeds
   workdir.write_results(rows)
-  image = workdir.save_figure(draw(rows), 'tokens_per_second')
+  figure = figures.speeds(of_methods(rows))
+  image = workdir.save_figure(figure, 'tokens_per_second')
   workdir.write_report(report(config, rows, image.name))
   shown = {field: SPEEDS[field] for field in SHOWN}
   display.table(of_methods(rows), shown).show()
@@ -342,76 +344,6 @@ of a weight mean that a step neither moves the cache nor widens the weights.
 
 {display.table(pick('relative_cost'), ROUNDS).markdown()}
 """
-
-
-def draw(rows: Sequence[workdirs.Row]) -> 'figures.Figure':
-  """Bars of tokens per second, with what reading the weights allows."""
-  rows = of_methods(rows)
-  batches = list(dict.fromkeys(row['batch'] for row in rows))
-  groups = [[r for r in rows if r['batch'] == batch] for batch in batches]
-  figure, axes = display.figure(
-    width=8.5,
-    height=1.6 + 0.45 * len(rows),
-    nrows=len(groups),
-    squeeze=False,
-    height_ratios=[len(group) for group in groups],
-  )
-  for axis, group in zip(axes[:, 0], groups, strict=True):
-    places = range(len(group))
-    rates = [row.get('tokens_per_second', 0) for row in group]
-    named = False
-    axis.barh(
-      places,
-      rates,
-      xerr=[row.get('tokens_per_second_spread', 0) / 2 for row in group],
-      color=['#1f6fb4' if n < 2 else '#b8bcc2' for n in places],
-      height=0.62,
-      error_kw={'ecolor': '#444444', 'elinewidth': 1, 'capsize': 2},
-    )
-    for place, row in zip(places, group, strict=True):
-      label = row.get('note')
-      if not label:
-        label = (
-          f'{row["tokens_per_second"]:,.1f} ({row["speedup"]:.2f}x),'
-          f' {row["weight_bytes"] / 1e6:,.0f} MB'
-        )
-        axis.plot(
-          [row['roofline_tokens_per_second']] * 2,
-          [place - 0.4, place + 0.4],
-          color='#222222',
-          linewidth=2,
-          label=None if named else 'what one read of the weights a step allows',
-        )
-        named = True
-      axis.text(
-        1.02 if 'texts' in row else 0.01,
-        place,
-        label,
-        transform=axis.get_yaxis_transform(),
-        va='center',
-        fontsize=9,
-      )
-    axis.set_yticks(places, [row['method'] for row in group])
-    axis.invert_yaxis()
-    axis.set_title(f'batch {group[0]["batch"]}', loc='left', fontsize=10)
-    axis.set_xlim(left=0)
-    axis.spines[['top', 'right']].set_visible(False)
-  axes[0, 0].text(
-    1.02,
-    1.0,
-    'tokens/s (over plain), weights',
-    transform=axes[0, 0].transAxes,
-    va='bottom',
-    fontsize=9,
-  )
-  axes[-1, 0].set_xlabel('tokens a second')
-  figure.legend(
-    *axes[0, 0].get_legend_handles_labels(),
-    frameon=False,
-    fontsize=9,
-    loc='outside upper center',
-  )
-  return figure
 
 
 def main(argv: Sequence[str]) -> None:

@@ -13,14 +13,13 @@ import io
 import sys
 
 from absl import flags
-import jax
 import rich.console
 
 from efficiency_jax import engine as engine_lib
 from efficiency_jax import generation
 from efficiency_jax.decoding import sampling
-from efficiency_jax.io import assets
 from efficiency_jax.io import pretrained
+from experiments import launch
 from experiments import trace
 from experiments import workdir as workdirs
 
@@ -264,7 +263,7 @@ def main(argv: Sequence[str]) -> None:
     }
     sampling.make(1, temperature=values.temperature, top_p=values.top_p)
     if values.compilation_cache:
-      _keep_programs()
+      launch.keep_programs()
     for stream in (sys.stdin, sys.stdout):
       if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors='replace')
@@ -280,14 +279,6 @@ def main(argv: Sequence[str]) -> None:
   except (ValueError, OSError, flags.Error) as error:
     print(f'error: {workdirs.describe(error)}', file=sys.stderr)
     raise SystemExit(1) from None
-
-
-def _keep_programs() -> None:
-  """Keeps compiled programs where experiments keep theirs."""
-  folder = assets.cache_directory() / 'compiled'
-  with contextlib.suppress(OSError):  # a home that cannot be written
-    folder.mkdir(parents=True, exist_ok=True)
-    jax.config.update('jax_compilation_cache_dir', str(folder))
 
 
 def _usage(values: flags.FlagValues) -> str:

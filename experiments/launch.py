@@ -18,6 +18,7 @@ and it is started, on one host or with the same command on each of many, by
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import difflib
 import importlib.util
 import os
@@ -236,6 +237,14 @@ def _line_in(file: str, error: Exception) -> str:
   return f' (line {lines[-1]})' if lines else ''
 
 
+def keep_programs() -> None:
+  """Keeps compiled programs in the cache folder, for later runs to load."""
+  folder = assets.cache_directory() / 'compiled'
+  with contextlib.suppress(OSError):  # a home that cannot be written
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+
+
 def _start(values: flags.FlagValues) -> None:
   """Joins the other processes, and turns the compilation cache on."""
   if values.coordinator:
@@ -248,9 +257,4 @@ def _start(values: flags.FlagValues) -> None:
   elif values.multihost:
     jax.distributed.initialize()
   if values.compilation_cache:
-    folder = assets.cache_directory() / 'compiled'
-    try:
-      folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-      return  # a home that cannot be written: every run compiles
-    jax.config.update('jax_compilation_cache_dir', str(folder))
+    keep_programs()

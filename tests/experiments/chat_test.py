@@ -176,15 +176,3 @@ def test_a_wrong_flag_ends_in_one_line(talk, capsys, flag, message):
 def test_help(capsys):
   chat.main(['chat', '--help'])
   assert '--top_p=1.0: ' in capsys.readouterr().out
-
-
-def test_programs_are_kept_where_experiments_keep_theirs(monkeypatch, tmp_path):
-  monkeypatch.setenv('EFFICIENCY_JAX_CACHE', str(tmp_path))
-  before = jax.config.jax_compilation_cache_dir
-  try:
-    chat._keep_programs()
-    kept = jax.config.jax_compilation_cache_dir
-  finally:
-    jax.config.update('jax_compilation_cache_dir', before)
-  assert kept == str(tmp_path / 'compiled')
-  assert (tmp_path / 'compiled').is_dir()

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from experiments import launch
@@ -345,3 +346,15 @@ def test_two_processes_share_a_folder_and_one_writes(start, tmp_path):
   for code, _, errors in refused:
     assert code == 1
     assert 'temperature is 0.5 there and 1.0 here' in errors
+
+
+def test_programs_are_kept_where_experiments_keep_theirs(monkeypatch, tmp_path):
+  monkeypatch.setenv('EFFICIENCY_JAX_CACHE', str(tmp_path))
+  before = jax.config.jax_compilation_cache_dir
+  try:
+    launch.keep_programs()
+    kept = jax.config.jax_compilation_cache_dir
+  finally:
+    jax.config.update('jax_compilation_cache_dir', before)
+  assert kept == str(tmp_path / 'compiled')
+  assert (tmp_path / 'compiled').is_dir()
