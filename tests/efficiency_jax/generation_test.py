@@ -1,10 +1,16 @@
-"""Text in, text out, on random weights: the promises of `generate`."""
+"""Text in, text out: the promises of `generate`, mostly on random weights."""
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from efficiency_jax import engine as engine_lib
 from efficiency_jax import generation
+from efficiency_jax import trees
+from efficiency_jax.data import prompts
+from efficiency_jax.io import pretrained
 from efficiency_jax.io import untrained
 from efficiency_jax.io.pretrained import LanguageModel
 from efficiency_jax.models import layers
@@ -173,3 +179,60 @@ def test_a_cut_of_the_target_drafts_and_all_layers_draft_perfectly(lm):
   assert half.texts == whole.texts
   with pytest.raises(ValueError, match='layers must name blocks'):
     cut([2])
+
+
+@pytest.fixture(scope='module')
+def smollm2():
+  return pretrained.load('smollm2-135m')
+
+
+def _chats(lm, name: str, count: int) -> list[list[int]]:
+  chats = []
+  for prompt in prompts.load(name):
+    message = [{'role': 'user', 'content': prompt.message}]
+    ids = lm.tokenizer.encode(lm.tokenizer.apply_chat_template(message))
+    if len(ids) <= 180:
+      chats.append(ids)
+  return chats[:count]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize('drafter', ['n-gram', 'early exit', 'draft model'])
+def test_real_text_is_the_plain_text_with_every_drafter(smollm2, drafter):
+  config, params = layers.select(
+    smollm2.config, smollm2.params, range(0, 30, 3)
+  )
+  draft = dataclasses.replace(smollm2, config=config, params=params)
+  choices = {'draft': draft} if drafter == 'draft model' else {}
+  plain = engine_lib.prepare(smollm2, drafter='plain')
+  drafted = engine_lib.prepare(
+    smollm2, drafter=drafter, draft_length=3, **choices
+  )
+  chats = _chats(smollm2, 'mt-bench', 16) + _chats(smollm2, 'humaneval', 16)
+  assert len(chats) == 32
+  for i in range(0, 32, 8):
+    texts = [
+      generation.generate(
+        engine, chats[i : i + 8], max_new_tokens=40, slots=256
+      )
+      for engine in (plain, drafted)
+    ]
+    for mine, theirs in zip(texts[1].rows, texts[0].rows, strict=True):
+      np.testing.assert_array_equal(mine.tokens, theirs.tokens)
+
+
+@pytest.mark.model
+def test_real_bfloat16_text_is_the_plain_text_of_the_same_width(smollm2):
+  half = dataclasses.replace(
+    smollm2, params=trees.cast(smollm2.params, jnp.bfloat16)
+  )
+  chats = _chats(half, 'humaneval', 4)
+  wide, drafted = (
+    generation.generate(
+      half, chats, drafter=drafter, draft_length=3, max_new_tokens=24, slots=256
+    )
+    for drafter in ('plain', 'n-gram')
+  )
+  assert sum(s.accepted for s in drafted.statistics) > 0
+  for mine, theirs in zip(drafted.rows, wide.rows, strict=True):
+    np.testing.assert_array_equal(mine.tokens, theirs.tokens)
