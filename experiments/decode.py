@@ -17,6 +17,7 @@ import rich.console
 from efficiency_jax import engine as engine_lib
 from efficiency_jax import generation
 from efficiency_jax.data import prompts as prompt_sets
+from efficiency_jax.decoding import sampling
 from efficiency_jax.evaluation import decoding
 from efficiency_jax.io import pretrained
 from efficiency_jax.io import untrained
@@ -48,8 +49,9 @@ def experiment(
   show_tokens: bool = False,
 ) -> None:
   """Measures all cases of `config`, then writes table, figure and traces."""
-  lm = load_model(config)
   settings = dict(config.sampling)
+  sampling.make(1, **settings)  # a mistake here should not wait for the model
+  lm = load_model(config)
   methods = build_methods(lm, config)
   texts = {name: load_prompts(lm, config, name) for name in config.prompts}
   longest = max(len(ids) for group in texts.values() for _, ids in group)

@@ -134,7 +134,15 @@ class Workdir:
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       mine = {'experiment': self.experiment, 'config': self.config}
-      if (self.path / _CONFIG).exists():
+      shown = {
+        p.name for p in self.path.iterdir() if not p.name.startswith('.')
+      }
+      if shown - {_CONFIG} and _CONFIG not in shown:
+        raise ValueError(
+          f'--workdir={self.path} holds files but no {_CONFIG}: it is not the'
+          ' folder of a run. Choose a new or an empty one.'
+        )
+      if shown - {_CONFIG}:
         differences = _differences(_read_json(self.path / _CONFIG), mine)
         if differences:
           raise ValueError(
@@ -142,12 +150,8 @@ class Workdir:
             f' {"; ".join(differences)}. Choose another --workdir, or remove'
             ' this one.'
           )
-      elif any(not p.name.startswith('.') for p in self.path.iterdir()):
-        raise ValueError(
-          f'--workdir={self.path} holds files but no {_CONFIG}: it is not the'
-          ' folder of a run. Choose a new or an empty one.'
-        )
       else:
+        # A run that stopped at a mistake before its first result binds nobody.
         self._replace(_CONFIG, _dumps(mine, indent=2) + '\n')
       _mend(self.path / _LOG)
       _mend(self.path / _ROWS)

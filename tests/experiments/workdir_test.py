@@ -150,8 +150,15 @@ def test_another_config_is_refused_and_nothing_changes(
   assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_another_experiment_is_refused(tmp_path):
+def test_a_run_without_a_result_binds_nobody(tmp_path):
   _open(tmp_path)
+  _open(tmp_path, ml_collections.ConfigDict({'seed': 9})).write_results([])
+  with pytest.raises(ValueError, match='another config'):
+    _open(tmp_path)
+
+
+def test_another_experiment_is_refused(tmp_path):
+  _open(tmp_path).log({'step': 0})
   with pytest.raises(ValueError, match='experiment is "squares" there'):
     _open(tmp_path, experiment='cubes')
 
