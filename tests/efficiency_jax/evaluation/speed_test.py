@@ -164,9 +164,9 @@ def _program(fn, *args):
 
 
 def test_loop_operations_finds_what_a_loop_copies():
-  def branches(x, i):
-    grow = [lambda x, n=n: x.at[n].add(1.0) for n in (0, 3)]
-    step = lambda c: (jax.lax.switch(c[1] % 2, grow, c[0]), c[1] + 1)
+  def mirrored(x, i):
+    # Every element is read by another: this cannot be done in place.
+    step = lambda c: (c[0][::-1] * 2.0, c[1] + 1)
     return jax.lax.while_loop(lambda c: c[1] < 9, step, (x, i))
 
   def in_place(x, i):
@@ -174,7 +174,7 @@ def test_loop_operations_finds_what_a_loop_copies():
     return jax.lax.while_loop(lambda c: c[1] < 9, step, (x, i))
 
   arguments = (jnp.ones((40, 50)), jnp.int32(0))
-  copied = speed.loop_operations(_program(branches, *arguments))
+  copied = speed.loop_operations(_program(mirrored, *arguments))
   assert copied['copy', (40, 50)] >= 1
   clean = speed.loop_operations(_program(in_place, *arguments))
   assert clean['copy', (40, 50)] == 0
