@@ -27,9 +27,9 @@ DRAFTERS = ('plain', 'n-gram', 'early exit', 'draft model')
 # Draft lengths that an adaptive generation compiles; 0 is plain decoding.
 ADAPTIVE_LENGTHS = (0, 1, 3, 7, 15)
 
-# Chance that a draft token is kept, before any was seen, for n-gram matches of
-# 1 .. 8 tokens: rounded from greedy texts of SmolLM2 (DESIGN.md).
-_NGRAM_PRIOR = (0.35, 0.65, 0.8, 0.85, 0.85, 0.9, 0.9, 0.95)
+# Chance that the first draft token is kept, before any was seen, for n-gram
+# matches of 1 .. 8 tokens: rounded from greedy texts of SmolLM2 (DESIGN.md).
+_NGRAM_PRIOR = (0.2, 0.45, 0.65, 0.7, 0.8, 0.85, 0.85, 0.9)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

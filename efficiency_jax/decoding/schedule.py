@@ -40,9 +40,9 @@ class Schedule:
 
   lengths: tuple[int, ...] = (4,)
   prior: tuple[float, ...] = (0.5,)
-  prior_weight: float = 1.0
-  decay: float = 0.8
-  recovery: float = 0.99
+  prior_weight: float = 2.0
+  decay: float = 0.85
+  recovery: float = 0.995
   margin: float = 0.05
 
   def __post_init__(self):
