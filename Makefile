@@ -26,7 +26,7 @@ test-peers: .venv-peers/.installed  ## Our numbers beside those of other tools.
 
 demo: $(VENV)/.installed  ## Fetches the model, then decodes it both ways.
 	$(RUN) -m experiments.decode --config=configs/decode_smollm2.py:demo \
-	  --workdir=runs/demo
+	  --workdir=runs/demo --show_tokens
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check $(wildcard $(CODE))
