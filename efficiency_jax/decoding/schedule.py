@@ -3,8 +3,10 @@
 A round that drafts G tokens costs `costs[G]` seconds, measured on this machine,
 and emits `(1 - a^(g+1)) / (1 - a)` tokens in a row whose drafts are accepted
 with probability a and that can draft g <= G (equation 1 of arXiv 2211.17192).
-Every round the length with the most expected tokens per second over the live
-rows is taken from a small compiled set. Length 0 is plain decoding, so a row
+Every round the length with the most expected worth per second over the live
+rows is taken from a small compiled set. A batch ends with its slowest row, so a
+token of a row is worth `(remaining / most remaining) ^ urgency`: tokens that a
+row wins while others are behind it end nothing sooner. Length 0 is plain decoding, so a row
 that accepts nothing soon costs what plain decoding costs.
 
 The choice looks at committed tokens and past verdicts only. A rule that looked
@@ -36,6 +38,9 @@ class Schedule:
     recovery: What every round leaves of all counts.
     margin: What a draft must promise beyond plain decoding, as a share: costs
       and acceptance are estimates, and plain decoding never loses.
+    urgency: How fast the worth of a token falls with its row's lead over the
+      slowest row; 0 counts all tokens alike, which is right where rows that end
+      are replaced.
   """
 
   lengths: tuple[int, ...] = (4,)
@@ -44,6 +49,7 @@ class Schedule:
   decay: float = 0.85
   recovery: float = 0.995
   margin: float = 0.05
+  urgency: float = 16.0
 
   def __post_init__(self):
     if not self.lengths or any(g < 0 for g in self.lengths):
@@ -52,6 +58,8 @@ class Schedule:
       )
     if tuple(sorted(set(self.lengths))) != self.lengths:
       raise ValueError(f'draft lengths must ascend, got {self.lengths}.')
+    if self.urgency < 0:
+      raise ValueError(f'urgency must be >= 0, got {self.urgency}.')
     if not all(0 < p < 1 for p in self.prior) or not self.prior:
       raise ValueError(f'prior must be inside (0, 1), got {self.prior}.')
 
@@ -96,10 +104,13 @@ def choose(
   estimate: Estimate,
   kind: jax.Array,  # [B] int32
   count: jax.Array,  # [B] int32, tokens that the drafter can draft
-  live: jax.Array,  # [B] bool
+  remaining: jax.Array,  # [B] int32, tokens left in the budget; 0 is done
   costs: jax.Array,  # [len(lengths)] seconds of one round
 ) -> jax.Array:
   """Index into `schedule.lengths` of the best expected rate: [] int32."""
+  most = jnp.maximum(remaining.max(), 1)
+  worth = (remaining / most) ** schedule.urgency
+  worth = jnp.where(remaining > 0, worth, 0.0)[:, None]
   num_kinds = estimate.accepted.shape[1]
   prior = jnp.asarray(
     [schedule.prior[min(k, len(schedule.prior) - 1)] for k in range(num_kinds)]
@@ -110,6 +121,6 @@ def choose(
   lengths = jnp.asarray(schedule.lengths, jnp.float32)
   usable = jnp.minimum(lengths, count[:, None].astype(jnp.float32))
   tokens = cost_model.expected_tokens(jnp.minimum(alpha, 0.999), usable)
-  rate = jnp.where(live[:, None], tokens, 0.0).sum(0) / costs
+  rate = (worth * tokens).sum(0) / costs
   rate = jnp.where(lengths == 0, rate * (1 + schedule.margin), rate)
   return jnp.argmax(rate).astype(jnp.int32)

@@ -181,16 +181,18 @@ def run(
   lengths = decoder.schedule.lengths
 
   def live(carry):
-    state, rounds = carry
+    state, rounds, _ = carry
     return jnp.any(~state.done) & (rounds < max_rounds)
 
   def choice(state):
+    if len(lengths) == 1:
+      return jnp.int32(0)
     chosen = schedule_lib.choose(
       decoder.schedule,
       state.estimate,
       state.forecast.kind,
       state.forecast.count,
-      ~state.done,
+      jnp.where(state.done, 0, state.limit - state.length),
       costs,
     )
     last = len(lengths) - 1
@@ -200,12 +202,11 @@ def run(
     """Rounds of one draft length, for as long as it is the choice."""
 
     def body(carry):
-      state, rounds = carry
-      return _round(decoder, weights, state, index), rounds + 1
+      state, rounds, _ = carry
+      state = _round(decoder, weights, state, index)
+      return state, rounds + 1, choice(state)
 
-    if len(lengths) == 1:
-      return lax.while_loop(live, body, carry)
-    chosen = lambda carry: live(carry) & (choice(carry[0]) == index)
+    chosen = lambda carry: live(carry) & (carry[2] == index)
     return lax.while_loop(chosen, body, carry)
 
   # A `lax.switch` over the lengths would copy the cache into every branch;
@@ -215,7 +216,7 @@ def run(
       carry = rounds_of(index, carry)
     return carry
 
-  carry = (state, jnp.int32(0))
+  carry = (state, jnp.int32(0), choice(state))
   if len(lengths) > 1:
     carry = lax.while_loop(live, any_length, carry)
   else:

@@ -81,3 +81,14 @@ def test_embedding_takes_rows():
   np.testing.assert_array_equal(rows, [[[9, 10, 11], [0, 1, 2]]])
   # Placeholders beyond the table must not make a NaN.
   assert np.isfinite(linear.embed(jnp.asarray([7, -1]), table)).all()
+
+
+@pytest.mark.parametrize('width', [4, 6, 7, 64])  # in parts, or not divisible
+def test_one_row_is_the_same_product_in_parts(width):
+  rng = np.random.default_rng(width)
+  row, weight = rng.standard_normal((1, width)), rng.standard_normal((width, 5))
+  got = jax.jit(linear.linear)(jnp.float32(row), jnp.float32(weight))
+  np.testing.assert_allclose(got, row @ weight, rtol=1e-5, atol=1e-6)
+  # Twice the row is not one row: the ordinary product.
+  both = linear.linear(jnp.float32([row[0], row[0]]), jnp.float32(weight))
+  np.testing.assert_allclose(both[:1], got, rtol=1e-5, atol=1e-6)

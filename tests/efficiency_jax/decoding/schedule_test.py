@@ -1,5 +1,7 @@
 """The choice of the draft length is the best expected rate, and adapts."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,12 +44,14 @@ def test_counts_fade_as_documented():
 def test_the_choice_is_the_best_expected_rate(seed):
   rng = np.random.default_rng(seed)
   lengths = (0, 1, 3, 7)
-  rule = schedule.Schedule(lengths=lengths, prior=(0.3, 0.8), prior_weight=2.0)
+  rule = schedule.Schedule(
+    lengths=lengths, prior=(0.3, 0.8), prior_weight=2.0, urgency=3.0
+  )
   estimate = schedule.Estimate(
     *jnp.asarray(rng.gamma(2.0, 2.0, (2, 4, 3)), jnp.float32)
   )
   kind, count = rng.integers(0, 3, 4), rng.integers(0, 9, 4)
-  live = rng.random(4) < 0.7
+  remaining = rng.integers(1, 50, 4) * (rng.random(4) < 0.7)
   costs = 1 + np.cumsum(rng.random(4)) * 0.4
   rates = []
   for length, cost in zip(lengths, costs, strict=True):
@@ -57,15 +61,16 @@ def test_the_choice_is_the_best_expected_rate(seed):
       accepted = float(estimate.accepted[row, kind[row]])
       refused = float(estimate.refused[row, kind[row]])
       alpha = (accepted + 2 * prior) / (accepted + refused + 2)
-      if live[row]:
-        tokens += sum(alpha**i for i in range(min(length, count[row]) + 1))
+      worth = (remaining[row] / max(remaining.max(), 1)) ** 3
+      drafts = min(length, count[row])
+      tokens += worth * sum(alpha**i for i in range(drafts + 1))
     rates.append(tokens / cost)
   chosen = schedule.choose(
     rule,
     estimate,
     jnp.asarray(kind),
     jnp.asarray(count),
-    jnp.asarray(live),
+    jnp.asarray(remaining),
     jnp.asarray(costs, jnp.float32),
   )
   assert int(chosen) == int(np.argmax(rates))
@@ -82,7 +87,7 @@ def test_failures_lead_to_plain_decoding_and_time_to_another_try():
       estimate,
       jnp.asarray([0]),
       jnp.asarray([count]),
-      jnp.asarray([True]),
+      jnp.asarray([9]),
       costs,
     )
   )
@@ -106,6 +111,7 @@ def test_failures_lead_to_plain_decoding_and_time_to_another_try():
     ({'lengths': (-1, 2)}, 'draft lengths must be >= 0'),
     ({'lengths': (3, 1)}, 'must ascend'),
     ({'lengths': (1, 1)}, 'must ascend'),
+    ({'urgency': -1.0}, 'urgency must be >= 0'),
     ({'prior': (0.0,)}, 'prior must be inside'),
     ({'prior': ()}, 'prior must be inside'),
     ({'prior': (0.5, 1.0)}, 'prior must be inside'),
@@ -131,5 +137,20 @@ def test_a_draft_must_promise_a_margin(promise, index):
   # With alpha 1/2 a draft of one emits 1.5 tokens.
   costs = jnp.asarray([1.0, 1.5 / promise])
   zero, one = jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32)
-  chosen = schedule.choose(plan, estimate, zero, one, one > 0, costs)
+  chosen = schedule.choose(plan, estimate, zero, one, one, costs)
   assert int(chosen) == index
+
+
+@pytest.mark.parametrize(('behind', 'index'), [(0, 1), (1, 0)])
+def test_only_the_draft_of_a_row_that_is_behind_is_worth_a_round(behind, index):
+  plan = schedule.Schedule(lengths=(0, 4), prior=(0.01, 0.9), urgency=16.0)
+  # Row 0 has the good draft; a round of four costs less than it promises.
+  kind, count = jnp.asarray([1, 0]), jnp.asarray([4, 4])
+  remaining = jnp.where(jnp.arange(2) == behind, 60, 20)
+  costs = jnp.asarray([1.0, 1.5])
+  estimate = schedule.init(2, 2)
+  chosen = schedule.choose(plan, estimate, kind, count, remaining, costs)
+  assert int(chosen) == index
+  alike = dataclasses.replace(plan, urgency=0.0)
+  chosen = schedule.choose(alike, estimate, kind, count, remaining, costs)
+  assert int(chosen) == 1
