@@ -4,6 +4,7 @@ One line a run of the target: kept draft tokens in green, a refused one struck
 out in red, and the token the target put after them in blue.
 """
 
+import rich.console
 import rich.text
 
 from efficiency_jax.generation import Row
@@ -27,6 +28,14 @@ def render(row: Row, tokenizer: Tokenizer) -> rich.text.Text:
       text.append(_visible(tokenizer, refused), _REFUSED)
     text.append(_visible(tokenizer, token), _KEPT if kept else _TARGET)
   return text
+
+
+def show(title: str, row: Row, tokenizer: Tokenizer) -> None:
+  """Prints a title, what the colours mean, and the trace."""
+  console = rich.console.Console()
+  console.print(f'\n{title}', style='bold')
+  console.print(legend())
+  console.print(render(row, tokenizer))
 
 
 def legend() -> rich.text.Text:

@@ -27,6 +27,7 @@ TECHNIQUES = {
 }
 BELOW_TRAINING = GROUND | TECHNIQUES | {'models', 'io', 'data', 'distributed'}
 LIBRARY = BELOW_TRAINING | {
+  'conversation',
   'engine',
   'evaluation',
   'footprint',
@@ -50,6 +51,7 @@ MAY_IMPORT = {
   # A model made ready to decode; and text in, text out around it.
   'engine': GROUND | {'models', 'io', 'decoding'},
   'generation': GROUND | {'models', 'io', 'decoding', 'engine'},
+  'conversation': GROUND | {'io', 'decoding', 'engine', 'generation'},
   'training': BELOW_TRAINING,
   'evaluation': BELOW_TRAINING | {'engine', 'generation'},
   'footprint': BELOW_TRAINING,
@@ -85,6 +87,14 @@ CROSS_CUTTING = {
 
 VAGUE_NAMES = {'base', 'common', 'helpers', 'misc', 'util', 'utils'}
 MAX_LINES = 500
+MAX_SCRIPT_LINES = 120  # flags, config, library, results: nothing else
+
+# Modules of experiments/ that a person starts.
+SCRIPTS = {
+  path.stem
+  for path in (ROOT / 'experiments').glob('*.py')
+  if path.read_text(encoding='utf-8').endswith('  main(sys.argv)\n')
+}
 
 
 def _python_files(*folders: str) -> list[pathlib.Path]:
@@ -211,6 +221,9 @@ def test_no_module_is_too_long_or_vaguely_named():
     lines = len((ROOT / path).read_text(encoding='utf-8').splitlines())
     if lines > MAX_LINES:
       wrong.append(f'{path} has {lines} lines, more than {MAX_LINES}')
+    is_script = path.parts[0] == 'experiments' and path.stem in SCRIPTS
+    if is_script and lines > MAX_SCRIPT_LINES:
+      wrong.append(f'{path} has {lines} lines, more than {MAX_SCRIPT_LINES}')
     vague = VAGUE_NAMES & set(path.stem.split('_'))
     if vague:
       wrong.append(f'{path}: {vague.pop()!r} does not say what is in it')

@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from efficiency_jax.io import untrained
+from experiments import benchmark_cases
 from experiments import benchmark_decode
 from experiments import launch
 from experiments import peers
@@ -87,9 +88,9 @@ def test_a_finished_run_measures_nothing_again(made, monkeypatch):
     raise AssertionError('nothing is left to measure')
 
   for module, name in (
-    (benchmark_decode.candidates, 'take_turns'),
-    (benchmark_decode.generation, 'measured_costs'),
-    (benchmark_decode.generation, 'compiled'),
+    (benchmark_cases.candidates, 'take_turns'),
+    (benchmark_cases.engine_lib, 'measured_costs'),
+    (benchmark_cases.engine_lib, 'compiled'),
   ):
     monkeypatch.setattr(module, name, measured)
   monkeypatch.setattr(peers, 'missing', lambda name: 'still missing')
@@ -125,7 +126,7 @@ def test_llama_cpp_wants_a_gguf_file():
   config = launch.load_config(f'{CONFIG}:tiny')
   config.model = 'a/folder'
   with pytest.raises(ValueError, match='reads GGUF files only'):
-    benchmark_decode.file_of(config)
+    benchmark_cases.file_of(config)
 
 
 def test_prompts_come_from_all_sets_in_turns(monkeypatch):
@@ -134,7 +135,7 @@ def test_prompts_come_from_all_sets_in_turns(monkeypatch):
     'two': [('', [4]), ('', [5])],
   }
   monkeypatch.setattr(
-    benchmark_decode.decode, 'load_prompts', lambda lm, config, name: sets[name]
+    benchmark_decode.inputs, 'load_prompts', lambda lm, config, name: sets[name]
   )
   config = launch.load_config(f'{CONFIG}:tiny')
   config.prompts, config.batch = ('one', 'two'), 3

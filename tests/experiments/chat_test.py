@@ -2,18 +2,15 @@
 
 import io
 
-import jax
 import pytest
 
-from efficiency_jax import engine as engine_lib
-from efficiency_jax import generation
+from efficiency_jax.conversation import Chat
 from efficiency_jax.io import export
-from efficiency_jax.io import pretrained
 from efficiency_jax.io import untrained
 from experiments import chat
+from experiments import terminal
 
 ROOM = 96
-SLOTS = ROOM + 1 + engine_lib.ADAPTIVE_LENGTHS[-1]  # as chats have it
 
 
 @pytest.fixture(scope='module')
@@ -21,11 +18,6 @@ def folder(tmp_path_factory):
   return export.save(
     untrained.language_model(), tmp_path_factory.mktemp('chat') / 'model'
   )
-
-
-@pytest.fixture(scope='module')
-def lm(folder):
-  return pretrained.load(folder)
 
 
 @pytest.fixture
@@ -49,62 +41,13 @@ def talk(folder, monkeypatch, capsys):
   return run
 
 
-def _last(pieces):
-  *_, last = pieces
-  return last
-
-
-def test_an_answer_continues_the_whole_conversation(lm):
-  talked = chat.Chat(lm, max_new_tokens=8, context=ROOM)
-  messages = []
-  for message in ('one', 'two'):
-    got = _last(talked.answer(message))
-    messages.append({'role': 'user', 'content': message})
-    prompt = lm.tokenizer.apply_chat_template(messages)
-    expected = generation.generate(
-      talked.engine, [prompt], max_new_tokens=8, slots=SLOTS
-    )
-    assert got.rows[0].tokens.tolist() == expected.rows[0].tokens.tolist()
-    messages.append({'role': 'assistant', 'content': got.texts[0]})
-    assert talked.messages == messages
-
-
-def test_answers_run_the_programs_that_were_compiled_at_the_start(lm, caplog):
-  talked = chat.Chat(lm, max_new_tokens=8, context=ROOM)
-  talked.compile()
-  with jax.log_compiles():
-    for message in ('a', 'a longer message', 'b'):
-      _last(talked.answer(message))
-    quiet = len(caplog.records)
-    jax.jit(lambda x: x + 1)(1.0)  # the log would have shown one
-  messages = [record.getMessage() for record in caplog.records]
-  compiled = [m.startswith('Compiling') for m in messages]
-  assert not any(compiled[:quiet])
-  assert any(compiled[quiet:])
-
-
-def test_a_full_context_forgets_the_oldest_turns(lm):
-  talked = chat.Chat(lm, max_new_tokens=8, context=ROOM)
-  forgotten = []
-  for number in range(5):
-    _last(talked.answer(f'message {number}'))
-    forgotten.append(talked.forgotten)
-  assert forgotten[0] == 0
-  assert max(forgotten) >= 1
-  assert talked.messages[-2]['content'] == 'message 4'
-  assert talked.messages[0]['role'] == 'user'
-  with pytest.raises(chat.TooLongError, match='shorten it, raise --context'):
-    next(talked.answer('x' * ROOM))
-  assert talked.messages[-2]['content'] == 'message 4'
-
-
 def test_a_conversation_through_a_pipe(talk):
   lines = talk('hello', '', '/what', '/reset', 'hello', '/quit', 'unread')
   answers = [line for line in lines if 'tokens/s' in line]
   assert len(answers) == 2
   assert all('cut at --max_new_tokens' in line for line in answers)
   assert all('8 tokens' in line for line in answers)
-  assert lines.count(f'[{chat.HELP}]') == 1
+  assert lines.count(f'[{terminal.HELP}]') == 1
   assert lines.count('[the conversation is forgotten]') == 1
   # A conversation that starts again starts with the same answer.
   middle = lines.index('[the conversation is forgotten]')
@@ -127,8 +70,8 @@ def test_sampled_answers_repeat_with_their_seed(talk):
   assert said(1) != said(2)
 
 
-def test_ctrl_c_stops_an_answer_and_not_the_conversation(talk, monkeypatch, lm):
-  answer = chat.Chat.answer
+def test_ctrl_c_stops_an_answer_and_not_the_conversation(talk, monkeypatch):
+  answer = Chat.answer
 
   def interrupted(self, message):
     for piece in answer(self, message):
@@ -136,7 +79,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(talk, monkeypatch, lm):
       if message == 'stop here':
         raise KeyboardInterrupt
 
-  monkeypatch.setattr(chat.Chat, 'answer', interrupted)
+  monkeypatch.setattr(Chat, 'answer', interrupted)
   lines = talk('stop here', 'go on')
   facts = [line for line in lines if 'tokens/s' in line]
   assert facts[0].endswith('stopped]')
@@ -146,7 +89,9 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(talk, monkeypatch, lm):
 def test_control_characters_do_not_reach_the_terminal(capsys):
   import rich.console
 
-  chat._print(rich.console.Console(), 'a\x1b[31m\x9bb\r\n\tc \N{PILE OF POO}')
+  terminal._print(
+    rich.console.Console(), 'a\x1b[31m\x9bb\r\n\tc \N{PILE OF POO}'
+  )
   assert capsys.readouterr().out == 'a[31mb\n\tc \N{PILE OF POO}'
 
 
@@ -160,7 +105,7 @@ def test_control_characters_do_not_reach_the_terminal(capsys):
     ('--temperature=-1', 'temperature must be >= 0, got -1.'),
     ('--top_p=0', 'top_p must be in (0, 1], got 0.'),
     ('--max_new_tokens=0', 'flag --max_new_tokens=0: 0 is not a positive'),
-    ('--max_new_tokens=90', '--max_new_tokens=90 leaves no room for a message'),
+    ('--max_new_tokens=90', 'max_new_tokens=90 leaves no room for a message'),
     ('--seed=x', "flag --seed=x: invalid literal for int() with base 10: 'x'"),
   ],
 )

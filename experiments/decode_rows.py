@@ -1,0 +1,68 @@
+"""The rows of results that the records of `decode` add up to."""
+
+from efficiency_jax.evaluation import decoding
+
+COLUMNS = {
+  'method': 'method',
+  'prompts': 'prompts',
+  'batch': 'batch',
+  'tokens_per_second': 'tokens/s',
+  'speedup': 'speed-up',
+  'predicted_speedup': 'predicted',
+  'tokens_per_run': 'tokens/run',
+  'acceptance_rate': 'acceptance',
+  'exact': 'exact',
+  'guarantee': 'guarantee',
+  'peak_megabytes': 'peak MB',
+}
+
+
+def summarize(methods, records, config) -> list[dict]:
+  """A row for each method, prompt set and batch, and for each category."""
+  rows = []
+  for name in config.prompts:
+    for batch in config.batches:
+      mine = [r for r in records if r[:2] == (name, batch)]
+      every = set().union(*(categories for _, _, categories, _ in mine))
+      parts = [(name, mine)]
+      if batch == 1 and len(every) > 1:
+        parts += [
+          (f'{name}/{category}', [r for r in mine if category in r[2]])
+          for category in sorted(every)
+        ]
+      rows += [
+        row(method, part, batch, [r for *_, r in group], config)
+        for part, group in parts
+        for method in methods
+      ]
+  return rows
+
+
+def row(method, part, batch, records, config) -> dict:
+  """One method on one set of prompts."""
+  facts = records[0]['facts']
+  seconds = {
+    m: {int(g): s for g, s in f['round_seconds'].items()}
+    for m, f in facts.items()
+  }
+  peak = facts[method.name]['peak_bytes']
+  return {
+    'method': method.name,
+    'baseline': decoding.BASELINE,
+    'prompts': part,
+    'batch': batch,
+    'draft_length': method.force_length,
+    **decoding.summarize(
+      [r['methods'][method.name] for r in records],
+      [r['methods'][decoding.BASELINE] for r in records],
+      seconds[method.name],
+      seconds[decoding.BASELINE][0],
+    ),
+    'round_milliseconds': {
+      str(g): 1e3 * s for g, s in seconds[method.name].items()
+    },
+    'peak_bytes': peak,
+    'peak_megabytes': None if peak is None else round(peak / 1e6),
+    'temperature': config.sampling.temperature,
+    'seed': config.seed,
+  }
