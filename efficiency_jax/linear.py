@@ -45,12 +45,12 @@ def _dot(x: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
   """Contracts the last axis of `x` with axis `contract` of a matrix."""
   rows = x.reshape(-1, x.shape[-1])
   product = functools.partial(_product, contract=contract)
-  if rows.shape[0] == 1 and x.dtype == jnp.float32 == weight.dtype:
-    if contract == 0 and x.shape[-1] % _PARTS == 0:
-      y = lax.platform_dependent(
-        rows, weight, cpu=_product_in_parts, default=product
-      )
-      return y.reshape(*x.shape[:-1], -1)
+  one_row = rows.shape[0] == 1 and contract == 0
+  if one_row and x.dtype == jnp.float32 and x.shape[-1] % _PARTS == 0:
+    y = lax.platform_dependent(
+      rows, weight, cpu=_product_in_parts, default=product
+    )
+    return y.reshape(*x.shape[:-1], -1)
   # XLA turns a one-row product of narrow operands into a matrix-vector product
   # that first converts the whole weight to float32: two rows avoid it.
   pad = rows.shape[0] == 1 and x.dtype != jnp.float32

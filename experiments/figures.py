@@ -139,3 +139,37 @@ def speeds(rows: Sequence[Mapping[str, Any]]) -> 'figures.Figure':
     loc='outside upper center',
   )
   return figure
+
+
+def kernels(rows: Sequence[Mapping[str, Any]]) -> 'figures.Figure':
+  """Time and memory against sequence length, two panels an operation."""
+  operations = list(dict.fromkeys(row['operation'] for row in rows))
+  figure, axes = display.figure(
+    width=4.2 * len(operations) + 0.6,
+    height=6.4,
+    nrows=2,
+    ncols=len(operations),
+    squeeze=False,
+    sharex='col',
+  )
+  for column, operation in enumerate(operations):
+    mine = [row for row in rows if row['operation'] == operation]
+    names = list(dict.fromkeys(row['implementation'] for row in mine))
+    for name, colour in zip(names, _COLOURS * len(names)):
+      points = [row for row in mine if row['implementation'] == name]
+      sizes = [row['sequence_length'] for row in points]
+      for line, field in enumerate(('milliseconds', 'peak_megabytes')):
+        axes[line, column].loglog(
+          sizes, [row[field] for row in points], 'o-', color=colour, label=name
+        )
+    sizes = sorted({row['sequence_length'] for row in mine})
+    axes[0, column].set_title(operation, fontsize=10)
+    axes[0, column].legend(fontsize=8, frameon=False)
+    axes[1, column].set_xlabel('sequence length')
+    axes[1, column].set_xticks(sizes, [str(n) for n in sizes])
+    axes[1, column].minorticks_off()
+  axes[0, 0].set_ylabel('milliseconds')
+  axes[1, 0].set_ylabel('MB of scratch and outputs')
+  for axis in axes.flat:
+    axis.spines[['top', 'right']].set_visible(False)
+  return figure

@@ -6,8 +6,8 @@ with probability a and that can draft g <= G (equation 1 of arXiv 2211.17192).
 Every round the length with the most expected worth per second over the live
 rows is taken from a small compiled set. A batch ends with its slowest row, so a
 token of a row is worth `(remaining / most remaining) ^ urgency`: tokens that a
-row wins while others are behind it end nothing sooner. Length 0 is plain decoding, so a row
-that accepts nothing soon costs what plain decoding costs.
+row wins while others are behind it end nothing sooner. Length 0 is plain
+decoding, so a row that accepts nothing soon costs what plain decoding costs.
 
 The choice looks at committed tokens and past verdicts only. A rule that looked
 at the draft to decide how much of it to verify would bias sampled text.

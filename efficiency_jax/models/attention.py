@@ -10,6 +10,8 @@ from jax import lax
 import jax.numpy as jnp
 
 from efficiency_jax.models.cache import BLOCK
+from pallas_kernels.attention import api as flash
+from pallas_kernels.dispatch import Implementation
 
 # Finite, so that a block whose keys are all masked adds exp(0) terms that the
 # rescaling of the next block multiplies by exactly zero, and never a NaN.
@@ -23,22 +25,23 @@ def full_attention(
   *,
   window: int | None = None,
   softcap: float | None = None,
+  implementation: Implementation = None,
 ) -> jax.Array:
-  """Causal attention inside whole sequences: [B, T, H, head_dim]."""
-  time = queries.shape[1]
-  query_position = jnp.arange(time)[:, None]
-  visible = _visible(query_position, jnp.arange(time)[None], window)
-  visible = visible[None, None, None]
-  scores = jnp.einsum(
-    'btkgh,bskh->bkgts',
-    _group(queries, keys.shape[2]),
+  """Causal attention inside whole sequences: [B, T, H, head_dim].
+
+  Differentiable, and memory grows with T (`pallas_kernels.attention`).
+  """
+  out, _ = flash.attention(
+    queries,
     keys,
-    preferred_element_type=jnp.float32,
+    values,
+    causal=True,
+    window=window,
+    softcap=softcap,
+    scale=1.0,
+    implementation=implementation,
   )
-  scores = jnp.where(visible, _cap(scores, softcap), _MASKED)
-  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-  out = jnp.einsum('bkgts,bskh->btkgh', weights, values)
-  return out.reshape(queries.shape)
+  return out
 
 
 def cached_attention(
