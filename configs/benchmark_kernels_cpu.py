@@ -9,8 +9,8 @@ minutes on a machine that does nothing else. `:tiny` after the file's name runs
 every part in seconds.
 
 FlashAttention on an A100 (arXiv 2205.14135, table 20, forward and backward,
-head width 64): 1.73x PyTorch at n = 2048 and 1.68x at 4096, block-sparse 7.7x and
-15.7x; 10.6 and 20.4 times less memory (its table 21). RESULTS.md has ours.
+head width 64): 1.73x PyTorch at n = 2048 and 1.68x at 4096, block-sparse 7.7x
+and 15.7x; 10.6 and 20.4 times less memory (its table 21). RESULTS.md has ours.
 """
 
 import ml_collections

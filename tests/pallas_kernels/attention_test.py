@@ -40,6 +40,7 @@ CASES = {
   'segments': {'segments': 3},
   'segments, causal': {'segments': 2, 'causal': True, 'window': 9},
   'softcap': {'softcap': 2.0, 'causal': True, 'scale': 1.7},
+  'long': {'sizes': (140, 290), 'causal': True, 'offset': 150, 'window': 200},
   'wide heads': {'widths': (72, 40), 'causal': True},
   'tiles': {'tiles': ((0, 2), (1,), ()), 'sizes': (40, 41), 'causal': False},
 }
@@ -50,6 +51,7 @@ TILE = (16, 16)
 def small_tiles(monkeypatch):
   """Several tiles even of small arrays; Mosaic keeps its lanes of 128."""
   monkeypatch.setattr(blockwise, 'TILE', TILE)
+  monkeypatch.setattr(mosaic_tpu, 'TILE', (128, 128))
 
 
 def _case(
