@@ -1,0 +1,224 @@
+"""Products with int8 weights in integer arithmetic (W8A8).
+
+    out = (q @ w) s_x s_w,    q = round(x / s_x),    s_x = max |x| / 127
+
+with a scale s_x for every row of x and s_w for every column of w: vector-wise
+quantization (LLM.int8(), arXiv 2208.07339, section 3). The product q @ w is of
+integers and exact, so all implementations return the same numbers.
+"""
+
+import functools
+import math
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.int8_matmul import blockwise
+from pallas_kernels.int8_matmul import mosaic_tpu
+from pallas_kernels.int8_matmul import reference
+
+IMPLEMENTATIONS = {
+  'reference': reference.int8_matmul,
+  'blockwise': blockwise.int8_matmul,
+  'mosaic_tpu': mosaic_tpu.int8_matmul,
+}
+
+# 127 * 127 * K must fit an int32.
+MAX_K = (2**31 - 1) // reference.LARGEST**2
+
+
+def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Symmetric absmax quantization over the last axis.
+
+  s = max |x| / 127 and q = round(x / s), half to even. Values are never -128,
+  and |x - q s| <= s / 2 up to float32 rounding. A row of zeros has scale 1, as
+  has one whose magnitudes are all below 1.4e-36. A row with a NaN or an
+  infinity has a scale that is not finite.
+
+  Args:
+    x: [..., K] of any float dtype.
+
+  Returns:
+    Values [..., K] int8 in -127 .. 127 and scales [...] float32.
+  """
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(f'x must be of a float dtype, got {x.dtype}.')
+  return reference.quantize_rows(x)
+
+
+def int8_matmul(
+  x: jax.Array,
+  w: jax.Array,
+  w_scales: jax.Array,
+  *,
+  x_scales: jax.Array | None = None,
+  out_dtype: jax.typing.DTypeLike = jnp.float32,
+  implementation: dispatch.Implementation = None,
+) -> jax.Array:
+  """x times an int8 matrix in integer arithmetic; not differentiable.
+
+  The integer product is exact for values in -127 .. 127, and the result is
+  `(float32(q @ w) * s_x) * s_w`, rounded once more to `out_dtype`.
+
+  Args:
+    x: [..., K] of a float dtype, quantized as by `quantize_rows`; or int8.
+    w: [K, N] int8.
+    w_scales: [N] float32, one a column.
+    x_scales: [...] float32, one a row; given if and only if x is int8.
+    out_dtype: Of the result.
+    implementation: See `dispatch`: 'reference', 'blockwise', 'mosaic_tpu', or
+      None.
+
+  Returns:
+    [..., N] in `out_dtype`.
+
+  Raises:
+    ValueError: Shapes or dtypes do not fit together, or K exceeds MAX_K.
+    NotImplementedError: No implementation that was named takes the arguments,
+      or a gradient is asked for.
+  """
+  _check(x, w, w_scales, x_scales)
+  shape = (*x.shape[:-1], w.shape[1])
+  if x_scales is None:
+    x = _without_gradient(x)
+  else:
+    x_scales = _without_gradient(x_scales.reshape(-1))
+  # Not -1, which stands for no number where another axis is empty.
+  rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+  bound = {
+    name: functools.partial(function, out_dtype=jnp.dtype(out_dtype))
+    for name, function in IMPLEMENTATIONS.items()
+  }
+  out = dispatch.call(
+    'int8_matmul',
+    bound,
+    implementation,
+    rows,
+    w,
+    _without_gradient(w_scales),
+    x_scales,
+  )
+  return out.reshape(shape)
+
+
+def llm_int8_matmul(
+  x: jax.Array,
+  w_int8: jax.Array,
+  w_scales: jax.Array,
+  w_outlier: jax.Array | None = None,
+  *,
+  threshold: float = 6.0,
+  max_outliers: int = 32,
+  out_dtype: jax.typing.DTypeLike = jnp.float32,
+  implementation: dispatch.Implementation = None,
+) -> jax.Array:
+  """int8 product that keeps outlier features in float32 (arXiv 2208.07339).
+
+      out = sum_{j in O} x_j w_j + (q @ w_int8) s_x s_w
+      O = {columns j of x with |x_ij| >= threshold in any row i}
+
+  where q quantizes x with the columns of O set to zero, so that an outlier does
+  not coarsen the scale of its row (equation 8).
+
+  Shapes must not depend on values: O holds at most `max_outliers` columns. If
+  no more reach the threshold, the result is that of the paper. If more do, the
+  ones with the largest magnitudes are in O, and the others are quantized with
+  the rest: nothing is dropped, and what is lost is precision. Whether this
+  happened, `(jnp.abs(x) >= threshold).any(all axes but the last).sum()` tells.
+  As in the paper, O depends on all rows of x together; under `vmap` each
+  element has its own.
+
+  Args:
+    x: [..., K] of a float dtype.
+    w_int8: [K, N] int8.
+    w_scales: [N] float32, one a column.
+    w_outlier: [K, N], the weight before quantization; only the rows in O are
+      read. None takes `w_int8 * w_scales`, so that nothing but int8 is stored.
+    threshold: From where on a magnitude is an outlier; the paper has 6.
+    max_outliers: Most columns in O. The paper finds at most 7 in models of up
+      to 13 billion parameters.
+    out_dtype: Of the result.
+    implementation: Of the int8 product, see `int8_matmul`.
+
+  Returns:
+    [..., N] in `out_dtype`.
+
+  Raises:
+    ValueError: As `int8_matmul`, or x is int8, or an option is negative.
+  """
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(f'x must be of a float dtype, got {x.dtype}.')
+  if threshold < 0 or max_outliers < 0:
+    raise ValueError(
+      'threshold and max_outliers must be >= 0, got'
+      f' {threshold} and {max_outliers}.'
+    )
+  _check(x, w_int8, w_scales, None)
+  if w_outlier is not None and w_outlier.shape != w_int8.shape:
+    raise ValueError(
+      f'w_outlier must be {w_int8.shape} like w_int8, got {w_outlier.shape}.'
+    )
+  size = x.shape[-1]
+  others = tuple(range(x.ndim - 1))
+  largest = jnp.abs(x).max(others, initial=0)
+  largest, columns = lax.top_k(largest, min(max_outliers, size))
+  chosen = largest >= threshold
+  in_o = jnp.zeros(size, bool).at[columns].set(chosen)
+  regular = int8_matmul(
+    jnp.where(in_o, 0, x), w_int8, w_scales, implementation=implementation
+  )
+  if w_outlier is None:
+    weights = jnp.take(w_int8, columns, axis=0) * w_scales
+  else:
+    weights = jnp.take(w_outlier, columns, axis=0).astype(jnp.float32)
+  outliers = jnp.where(chosen, jnp.take(x, columns, axis=-1), 0).astype(
+    jnp.float32
+  )
+  # A few columns: full float32 costs little, also where it is not the default.
+  kept = jnp.matmul(outliers, weights, precision=lax.Precision.HIGHEST)
+  return (kept + regular).astype(out_dtype)
+
+
+@jax.custom_jvp
+def _without_gradient(x: jax.Array) -> jax.Array:
+  return x
+
+
+@_without_gradient.defjvp
+def _refuse(primals, tangents):
+  # The derivative of rounding is zero, and that of the scales is not: what
+  # differentiation would return has no use and looks like a gradient.
+  raise NotImplementedError(
+    'int8_matmul has no gradient; differentiate x @ (w * w_scales) instead.'
+  )
+
+
+def _check(x, w, w_scales, x_scales) -> None:
+  if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[0]:
+    raise ValueError(
+      f'x must be [..., K] and w [K, N], got {x.shape} and {w.shape}.'
+    )
+  if w.dtype != jnp.int8:
+    raise ValueError(f'w must be int8, got {w.dtype}.')
+  if w_scales.shape != w.shape[1:]:
+    raise ValueError(
+      f'w_scales must be {w.shape[1:]}, one a column, got {w_scales.shape}.'
+    )
+  if (x.dtype == jnp.int8) != (x_scales is not None):
+    raise ValueError(
+      f'x_scales come with int8 x and only with it; x is {x.dtype} and x_scales'
+      f' {"missing" if x_scales is None else "given"}.'
+    )
+  if x_scales is not None and x_scales.shape != x.shape[:-1]:
+    raise ValueError(
+      f'x_scales must be {x.shape[:-1]}, one a row, got {x_scales.shape}.'
+    )
+  if x.dtype != jnp.int8 and not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(f'x must be of a float dtype or int8, got {x.dtype}.')
+  if x.shape[-1] > MAX_K:
+    raise ValueError(
+      f'K must be at most {MAX_K}, so that int32 sums are exact, got'
+      f' {x.shape[-1]}.'
+    )
