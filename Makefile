@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 RUN_PEERS := .venv-peers/bin/python
 CODE := setup.py efficiency_jax pallas_kernels experiments configs tests
 
-.PHONY: test short test-slow test-model test-peers demo lint format clean
+.PHONY: test short test-slow test-model test-peers test-aot demo lint format clean
 
 test: $(VENV)/.installed  ## The tests that need neither weights nor network.
 	$(RUN) -m pytest -q
@@ -23,6 +23,9 @@ test-model: $(VENV)/.installed  ## The tests on the released model.
 
 test-peers: .venv-peers/.installed  ## Our numbers beside those of other tools.
 	$(RUN_PEERS) -m pytest -q -m peers
+
+test-aot: .venv-aot/.installed  ## Compiles the TPU kernels; needs no TPU.
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -q -s -m aot
 
 demo: $(VENV)/.installed  ## Fetches the model, then decodes it both ways.
 	$(RUN) -m experiments.decode --config=configs/decode_smollm2.py:demo \
@@ -49,6 +52,11 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(RUN) -m pip install -q -e '.[dev]' -c $(CONSTRAINTS)
+	touch $@
+
+.venv-aot/.installed: setup.py pyproject.toml constraints.txt
+	test -x .venv-aot/bin/python || $(PYTHON) -m venv .venv-aot
+	.venv-aot/bin/python -m pip install -q -e '.[test,aot]' -c constraints.txt
 	touch $@
 
 # torch comes first and by its pinned version: the CPU build is enough, and

@@ -11,6 +11,7 @@ _EXTRAS = {
   'cuda': ['jax[cuda13]'],
   'hub': ['huggingface_hub'],
   'peers': ['torch', 'transformers', 'llama-cpp-python'],
+  'aot': ['libtpu'],
   'test': ['pytest>=8', 'hypothesis', 'scipy'],
   'dev': ['ruff', 'pre-commit'],
   'notebooks': ['jupytext', 'nbclient', 'ipykernel'],

@@ -39,8 +39,8 @@ def attention(
   """Two products forward, five more backward (arXiv 2205.14135).
 
   `density` is the share of scores that are computed: about 1/2 when causal.
-  The convention of the FlashAttention benchmarks: 4 S^2 D a head forward and 2.5
-  times that backward, whatever is computed again.
+  The convention of the FlashAttention benchmarks: 4 S^2 D a head forward and
+  2.5 times that backward, whatever is computed again.
   """
   flops = 4.0 * batch * heads * q_size * kv_size * width * density
   queries = batch * q_size * heads * width * item_bytes

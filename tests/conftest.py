@@ -4,6 +4,7 @@ import os
 
 import hypothesis
 import jax
+import pytest
 
 # Programs that a test starts see the same platform.
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -20,3 +21,11 @@ hypothesis.settings.register_profile(
   max_examples=25,
 )
 hypothesis.settings.load_profile('repeatable')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _forget_programs():
+  """Every compiled program maps memory, and a process may hold so many maps
+  only (65,530 on Linux): the whole suite in one process would pass that."""
+  yield
+  jax.clear_caches()

@@ -49,7 +49,8 @@ def test_methods_agree_on_greedy_text(lm, other):
       assert b.accepted_draft.sum() == b.statistics.accepted
 
 
-def test_adaptive_lengths_measure_their_costs_once(lm):
+def test_adaptive_lengths_measure_their_costs_once(lm, monkeypatch):
+  monkeypatch.setattr(engine_lib, '_COSTS', {})
   engine = engine_lib.prepare(lm, drafter='n-gram')
   result = generation.generate(engine, PROMPTS[:1], max_new_tokens=30)
   assert set(result.rounds) == set(engine_lib.ADAPTIVE_LENGTHS)

@@ -443,7 +443,8 @@ def test_logits_of_equal_width_are_equal_in_every_bit(dtype):
 
 def test_the_draft_length_is_chosen_before_the_draft():
   """With other noise, the same history gives the same choice."""
-  decoder = _decoder('draft model', 'block', 1, 2, 4, prior=(0.6,), decay=0.5)
+  adapting = {'prior': (0.6,), 'decay': 0.5, 'urgency': 0.0}
+  decoder = _decoder('draft model', 'block', 1, 2, 4, **adapting)
   settings = _settings(temperature=1.2)
   costs = [1.0, 1.25, 1.9]
   begin, run = _start(

@@ -1,0 +1,101 @@
+"""Every TPU kernel through the real TPU compiler, without a TPU.
+
+Prints the VMEM of each: python -m pytest -m aot -s (make test-aot).
+"""
+
+import functools
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.attention import api as attention
+from pallas_kernels.binary_matmul import api as binary_matmul
+from pallas_kernels.int8_matmul import api as int8_matmul
+
+pytestmark = pytest.mark.aot
+
+CHIPS = ('v5e:2x2', 'v6e:2x2', 'tpu7x:2x2x1')
+VMEM = 64 * 2**20  # of the smallest of them; a kernel also needs room to spare
+
+
+def _attention(dtype, size, heads, kv_heads, width, **options):
+  shape = lambda n: ((1, size, n, width), dtype)
+  run = functools.partial(
+    attention.attention, implementation='mosaic_tpu', **options
+  )
+  return lambda *arrays: run(*arrays)[0], [
+    shape(heads),
+    shape(kv_heads),
+    shape(kv_heads),
+  ]
+
+
+def _attention_backward(*args, **options):
+  run, shapes = _attention(*args, **options)
+  loss = lambda *arrays: run(*arrays).sum()
+  return jax.grad(loss, (0, 1, 2)), shapes
+
+
+def _int8(dtype, m, k, n):
+  run = functools.partial(int8_matmul.int8_matmul, implementation='mosaic_tpu')
+  return run, [((m, k), dtype), ((k, n), jnp.int8), ((n,), jnp.float32)]
+
+
+def _binary(m, k, n):
+  run = functools.partial(
+    binary_matmul.binary_matmul, size=k, implementation='mosaic_tpu'
+  )
+  words = -(-k // 32)
+  return run, [((m, words), jnp.uint32), ((n, words), jnp.uint32)]
+
+
+CASES = {
+  'attention, bf16, width 128': _attention(
+    jnp.bfloat16, 4096, 8, 8, 128, causal=True
+  ),
+  'attention, f32, grouped, width 64': _attention(
+    jnp.float32, 4096, 9, 3, 64, causal=True
+  ),
+  'attention, bf16, window, softcap, 1000': _attention(
+    jnp.bfloat16, 1000, 8, 4, 256, causal=True, window=300, softcap=50.0
+  ),
+  'attention with gradients, bf16': _attention_backward(
+    jnp.bfloat16, 2048, 8, 8, 128, causal=True
+  ),
+  'int8, bf16 rows quantized inside': _int8(jnp.bfloat16, 256, 4096, 4096),
+  'int8, one f32 row': _int8(jnp.float32, 1, 576, 1536),
+  'int8, odd sizes': _int8(jnp.float32, 33, 1000, 130),
+  'binary 1024^3': _binary(1024, 1024, 1024),
+  'binary, odd sizes': _binary(33, 1000, 130),
+}
+
+
+@pytest.fixture(scope='module', params=CHIPS)
+def chip(request):
+  os.environ['TPU_SKIP_MDS_QUERY'] = '1'  # there is no such server here
+  os.environ['TPU_WORKER_HOSTNAMES'] = 'localhost'
+  os.environ['TPU_ACCELERATOR_TYPE'] = 'v5litepod-4'
+  topology = topologies.get_topology_desc(request.param, platform='tpu')
+  return request.param, jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_it_compiles_and_fits(chip, case):
+  name, sharding = chip
+  run, shapes = CASES[case]
+  arrays = [jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes]
+  traced = jax.jit(run).trace(*arrays)
+  program = traced.lower(lowering_platforms=('tpu',)).compile().as_text()
+  kernels = [x for x in program.splitlines() if 'tpu_custom_call' in x]
+  assert kernels
+  found = re.findall(
+    r'"used_scoped_memory_configs":\[\{[^]]*"size":"(\d+)"', '\n'.join(kernels)
+  )
+  assert found
+  largest = max(map(int, found))
+  print(f'\n{name:12} {case:42} {largest / 2**20:6.2f} MiB of VMEM')
+  assert largest < VMEM
