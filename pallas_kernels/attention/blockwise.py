@@ -35,7 +35,7 @@ from pallas_kernels import masks
 
 # Queries and keys of a tile: the scores of one head group fit the cache of a
 # core, and the products are large enough to be worth two cores.
-TILE = (256, 512)
+TILE = (512, 512)
 
 
 class _Plan(NamedTuple):
