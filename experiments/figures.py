@@ -167,7 +167,9 @@ def kernels(rows: Sequence[Mapping[str, Any]]) -> 'figures.Figure':
     axes[0, column].legend(fontsize=8, frameon=False)
     axes[1, column].set_xlabel('sequence length')
     axes[1, column].set_xticks(sizes, [str(n) for n in sizes])
-    axes[1, column].minorticks_off()
+    axes[1, column].tick_params(
+      axis='x', which='minor', bottom=False, labelbottom=False
+    )
   axes[0, 0].set_ylabel('milliseconds')
   axes[1, 0].set_ylabel('MB of scratch and outputs')
   for axis in axes.flat:

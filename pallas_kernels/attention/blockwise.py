@@ -36,6 +36,7 @@ from pallas_kernels import masks
 # Queries and keys of a tile: the scores of one head group fit the cache of a
 # core, and the products are large enough to be worth two cores.
 TILE = (512, 512)
+BACKWARD_TILE = (256, 512)  # it holds twice as many arrays of scores
 
 
 class _Plan(NamedTuple):
@@ -47,8 +48,8 @@ class _Plan(NamedTuple):
   kept: jax.Array | None  # [rows] int32, how many of them count
 
 
-def _plan(rule: masks.Rule, q_size: int, kv_size: int) -> _Plan:
-  size = (min(TILE[0], q_size), min(TILE[1], kv_size))
+def _plan(rule: masks.Rule, q_size: int, kv_size: int, tile) -> _Plan:
+  size = (min(tile[0], q_size), min(tile[1], kv_size))
   if rule.tiles is not None:
     size = rule.tiles.size
   count = (-(-q_size // size[0]), -(-kv_size // size[1]))
@@ -106,7 +107,7 @@ def forward(
   """Out [B, Sq, H, Dv] and log-sum-exp [B, H, Sq]; see `api`."""
   batch, q_size, heads, _ = q.shape
   kv_size, kv_heads = k.shape[1:3]
-  plan = _plan(rule, q_size, kv_size)
+  plan = _plan(rule, q_size, kv_size, TILE)
   q_tiles = _query_tiles(q, kv_heads, plan)
   k, v = (_key_rows(x, plan) for x in (k, v))
 
@@ -160,7 +161,7 @@ def backward(rule, q, k, v, limits, out, lse, d_out, d_lse):
   """Gradients of q, k and v; `lse` and `d_lse` are [B, H, Sq]."""
   q_size, kv_heads = q.shape[1], k.shape[2]
   kv_size = k.shape[1]
-  plan = _plan(rule, q_size, kv_size)
+  plan = _plan(rule, q_size, kv_size, BACKWARD_TILE)
   empty = jnp.isneginf(lse)
   delta = jnp.einsum(
     'bihd,bihd->bhi', out, d_out, preferred_element_type=jnp.float32

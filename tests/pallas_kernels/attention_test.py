@@ -51,6 +51,7 @@ TILE = (16, 16)
 def small_tiles(monkeypatch):
   """Several tiles even of small arrays; Mosaic keeps its lanes of 128."""
   monkeypatch.setattr(blockwise, 'TILE', TILE)
+  monkeypatch.setattr(blockwise, 'BACKWARD_TILE', TILE)
   monkeypatch.setattr(mosaic_tpu, 'TILE', (128, 128))
 
 
@@ -320,6 +321,7 @@ def test_vmap_jit_and_shards_give_the_same():
 
 def test_memory_grows_with_the_length_and_not_with_its_square(monkeypatch):
   monkeypatch.setattr(blockwise, 'TILE', (128, 128))
+  monkeypatch.setattr(blockwise, 'BACKWARD_TILE', (128, 128))
 
   def temporary(size):
     shape = jax.ShapeDtypeStruct((1, size, 2, 16), jnp.float32)
