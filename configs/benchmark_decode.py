@@ -4,7 +4,7 @@
       --config=configs/benchmark_decode.py --workdir=runs/benchmark_decode
 
 Two CPU cores and 8 GB of memory, about 10 minutes on a machine that does
-nothing else. Expect plain decoding at 2.25 to 2.5x transformers and at 0.4x
+nothing else. Expect plain decoding at 2.5x transformers and at a third of
 llama.cpp, which reads a fifth of the bytes. Run it with the Python of
 .venv-peers (make test-peers) to have transformers and llama.cpp beside our
 rows. `:tiny` after the file's name runs

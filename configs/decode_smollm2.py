@@ -10,7 +10,7 @@ problems, 64 tokens.
 Hardware: two CPU cores, 4 GB of memory. The demo takes 5.5 minutes with
 downloads and compilation. The whole run takes longer than an hour; the parts in
 RESULTS.md took 4 and 9 minutes. Expect 1.3x plain on HumanEval and 1.1 to 1.2x
-on MT-bench at batch 1, about 1.0x at batch 8, and every row exact.
+on MT-bench at batch 1, 0.97x to 1.09x at batch 8, and every row exact.
 """
 
 import ml_collections
