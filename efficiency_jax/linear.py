@@ -46,7 +46,9 @@ def _dot(x: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
   rows = x.reshape(-1, x.shape[-1])
   product = functools.partial(_product, contract=contract)
   one_row = rows.shape[0] == 1 and contract == 0
-  if one_row and x.dtype == jnp.float32 and x.shape[-1] % _PARTS == 0:
+  # A narrow weight must not be widened whole.
+  wide = x.dtype == weight.dtype == jnp.float32
+  if one_row and wide and x.shape[-1] % _PARTS == 0:
     y = lax.platform_dependent(
       rows, weight, cpu=_product_in_parts, default=product
     )
@@ -72,8 +74,8 @@ def _product(rows: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
 def _product_in_parts(row: jax.Array, weight: jax.Array) -> jax.Array:
   """[1, I] times [I, O] as a sum over parts of I.
 
-  XLA reads the weights of a batch of matrix-vector products up to 1.4 times
-  faster than those of a single one on two CPU cores (RESULTS.md).
+  XLA reads the weights of a batch of matrix-vector products faster than those
+  of a single one on two CPU cores (DESIGN.md).
   """
   row = row.reshape(1, _PARTS, -1)
   weight = weight.reshape(_PARTS, -1, weight.shape[1])

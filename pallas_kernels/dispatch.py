@@ -60,12 +60,14 @@ def call(
       )
   reasons = []
   for name in names:
+    marked = args
+    if name in PLATFORMS:
+      # Not the results: the kernel's own, longer error would come first.
+      marked = only_on(PLATFORMS[name], name, args)
     try:
-      out = implementations[name](*args)
+      return implementations[name](*marked)
     except NotImplementedError as error:
       reasons.append(f'{name}: {error}')
-      continue
-    return only_on(PLATFORMS[name], name, out) if name in PLATFORMS else out
   raise NotImplementedError(
     f'{operation} takes these arguments in none of: {"; ".join(reasons)}'
   )

@@ -92,3 +92,11 @@ def test_one_row_is_the_same_product_in_parts(width):
   # Twice the row is not one row: the ordinary product.
   both = linear.linear(jnp.float32([row[0], row[0]]), jnp.float32(weight))
   np.testing.assert_allclose(both[:1], got, rtol=1e-5, atol=1e-6)
+
+
+def test_one_row_does_not_widen_a_narrow_weight():
+  row = jax.ShapeDtypeStruct((1, 64), jnp.float32)
+  weight = jax.ShapeDtypeStruct((64, 31), jnp.bfloat16)
+  traced = str(jax.make_jaxpr(linear.linear)(row, weight))
+  assert 'f32[64,31]' not in traced
+  assert 'f32[4,16,31]' not in traced
