@@ -7,6 +7,9 @@ these hold:
 * causal:   `j <= i + offset`
 * window w: `j > i + offset - w` and, without causal, `j < i + offset + w`
 * segments: `q_segments[i] == kv_segments[j]`
+* tree:     key j stands before the queries (`j < offset`), or it is the query
+  `j - offset` and an ancestor of query i; query i stands at `offset` plus its
+  depth, which is what windows count by
 * tiles:    the tile of (i, j) is kept
 """
 
@@ -73,6 +76,7 @@ class Limits(NamedTuple):
   kv_length: jax.Array  # [B] int32, keys beyond it are padding
   q_segments: jax.Array | None  # [B, Sq] int32
   kv_segments: jax.Array | None  # [B, Sk] int32
+  ancestors: jax.Array | None = None  # [B, Sq, Sq] bool, each its own ancestor
 
 
 def visible(
@@ -83,17 +87,28 @@ def visible(
 ) -> jax.Array:
   """Which of the keys each of the queries sees, tiles aside: [B, n, m] bool."""
   i, j = queries[None, :, None], keys[None, None, :]
-  position = i + limits.offset[:, None, None]
+  offset = limits.offset[:, None, None]
+  position, key_position = i + offset, j
   seen = jnp.broadcast_to(
     j < limits.kv_length[:, None, None],
     jnp.broadcast_shapes(position.shape, j.shape),
   )
+  if limits.ancestors is not None:
+    depth = limits.ancestors.sum(-1, dtype=jnp.int32) - 1
+    position = offset + jnp.take(depth, queries, axis=1)[:, :, None]
+    node = jnp.clip(j - offset, 0, depth.shape[1] - 1)
+    in_tree = j >= offset
+    at_node = jnp.take_along_axis(depth[:, None], node, axis=2)
+    key_position = jnp.where(in_tree, offset + at_node, j)
+    ancestors = jnp.take(limits.ancestors, queries, axis=1)
+    ancestor = jnp.take_along_axis(ancestors, node, axis=2)
+    seen &= ~in_tree | (ancestor & (j - offset < depth.shape[1]))
   if rule.causal:
-    seen &= j <= position
+    seen &= key_position <= position
   if rule.window is not None:
-    seen &= j > position - rule.window
+    seen &= key_position > position - rule.window
     if not rule.causal:
-      seen &= j < position + rule.window
+      seen &= key_position < position + rule.window
   if limits.q_segments is not None:
     of_query = jnp.take(limits.q_segments, queries, axis=1, mode='clip')
     of_key = jnp.take(limits.kv_segments, keys, axis=1, mode='clip')

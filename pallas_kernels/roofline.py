@@ -53,6 +53,32 @@ def attention(
   return Work(flops=flops, bytes=moved)
 
 
+def decode_attention(
+  *,
+  batch: int,
+  time: int,
+  slots: int,
+  heads: int,
+  kv_heads: int,
+  width: int,
+  item_bytes: int = 4,
+  cache_bytes: float | None = None,
+  tree: bool = False,
+) -> Work:
+  """`time` new queries a row over `slots` used slots of its cache.
+
+  `cache_bytes` is an item of the cache if that differs from a query's; int8
+  slots have a float32 scale a key and a value besides.
+  """
+  quantized = cache_bytes == 1
+  cache_bytes = item_bytes if cache_bytes is None else cache_bytes
+  slot = 2 * (width * cache_bytes + (4 if quantized else 0))
+  moved = batch * slots * kv_heads * slot
+  moved += 2 * batch * time * heads * width * item_bytes
+  moved += 4 * batch * time * heads + (time * time / 8 if tree else 0)
+  return Work(flops=4.0 * batch * heads * time * slots * width, bytes=moved)
+
+
 def matmul(
   m: int,
   n: int,

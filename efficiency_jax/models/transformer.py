@@ -29,6 +29,7 @@ from efficiency_jax.types import ApplyFn
 from efficiency_jax.types import Cache
 from efficiency_jax.types import ModelOutput
 from efficiency_jax.types import Params
+from pallas_kernels.dispatch import Implementation
 
 
 class Linear(nn.Module):
@@ -70,9 +71,10 @@ class Attention(nn.Module):
 
   config: DecoderConfig
   layer: int
+  implementation: Implementation = None
 
   @nn.compact
-  def __call__(self, x, turn, positions, slots):
+  def __call__(self, x, turn, start, slots):
     c = self.config
     batch, time, _ = x.shape
     split = (c.num_heads, c.num_heads + c.num_kv_heads)
@@ -86,16 +88,19 @@ class Attention(nn.Module):
     scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
     queries = rope.rotate(queries, turn) * jnp.asarray(scale, x.dtype)
     keys = rope.rotate(keys, turn)
-    masks = {'window': c.window(self.layer), 'softcap': c.attention_softcap}
+    options = {
+      'window': c.window(self.layer),
+      'softcap': c.attention_softcap,
+      'implementation': self.implementation,
+    }
     if slots is None:
-      out = attention.full_attention(queries, keys, values, **masks)
+      out = attention.full_attention(queries, keys, values, **options)
     else:
-      start = positions[:, 0]
       slots = tuple(
         kv_cache.write(buffer, new.transpose(0, 2, 1, 3), start)
         for buffer, new in zip(slots, (keys, values), strict=True)
       )
-      out = attention.cached_attention(queries, *slots, positions, **masks)
+      out = attention.cached_attention(queries, *slots, start, **options)
     out = out.reshape(batch, time, c.num_heads * c.head_dim)
     return Linear(c.width, c.output_bias, name='output')(out), slots
 
@@ -120,13 +125,13 @@ class Block(nn.Module):
 
   config: DecoderConfig
   layer: int
+  implementation: Implementation = None
 
   @nn.compact
-  def __call__(self, x, turn, positions, slots):
+  def __call__(self, x, turn, start, slots):
     c = self.config
-    after, slots = Attention(c, self.layer, name='attention')(
-      _norm(c, 'attention_norm')(x), turn, positions, slots
-    )
+    attend = Attention(c, self.layer, self.implementation, name='attention')
+    after, slots = attend(_norm(c, 'attention_norm')(x), turn, start, slots)
     if c.post_norms:
       after = _norm(c, 'attention_post_norm')(after)
     x = x + after
@@ -157,6 +162,7 @@ class DecoderLM(nn.Module):
   """Tokens [B, T] in, `ModelOutput` and the grown cache out."""
 
   config: DecoderConfig
+  implementation: Implementation = None
 
   @nn.compact
   def __call__(
@@ -175,10 +181,10 @@ class DecoderLM(nn.Module):
     keys, values = [], []
     for layer in range(c.num_layers):
       is_local = c.window(layer) is not None
-      x, slots = Block(c, layer, name=f'layers_{layer}')(
+      x, slots = Block(c, layer, self.implementation, name=f'layers_{layer}')(
         x,
         local_turn if is_local else turn,
-        positions,
+        start,
         None if cache is None else (cache.keys[layer], cache.values[layer]),
       )
       if slots is not None:
@@ -203,13 +209,16 @@ class DecoderLM(nn.Module):
 
 
 @functools.cache
-def apply_fn(config: DecoderConfig) -> ApplyFn:
+def apply_fn(
+  config: DecoderConfig, implementation: Implementation = None
+) -> ApplyFn:
   """The model as a pure function of parameters, tokens and cache.
 
-  Equal configs give the same function object, so that it can be a static
-  argument of `jax.jit` without compiling again.
+  `implementation` names the attention kernels (`pallas_kernels.dispatch`); None
+  is the platform's choice. Equal arguments give the same function object, so
+  that it can be a static argument of `jax.jit` without compiling again.
   """
-  model = DecoderLM(config)
+  model = DecoderLM(config, implementation)
 
   def apply(params, tokens, cache=None):
     return model.apply({'params': params}, tokens, cache)

@@ -14,6 +14,7 @@ import pytest
 
 from pallas_kernels.attention import api as attention
 from pallas_kernels.binary_matmul import api as binary_matmul
+from pallas_kernels.decode_attention import api as decode_attention
 from pallas_kernels.int8_matmul import api as int8_matmul
 
 pytestmark = pytest.mark.aot
@@ -38,6 +39,26 @@ def _attention_backward(*args, **options):
   run, shapes = _attention(*args, **options)
   loss = lambda *arrays: run(*arrays).sum()
   return jax.grad(loss, (0, 1, 2)), shapes
+
+
+def _decode(dtype, cache, time, slots, heads, kv_heads, width, tree=False):
+  shapes = [
+    ((4, time, heads, width), dtype),
+    *[((4, kv_heads, slots, width), cache)] * 2,
+    ((4,), jnp.int32),
+  ]
+  names = []
+  if cache == jnp.int8:
+    names += ['k_scales', 'v_scales']
+    shapes += [((4, kv_heads, slots), jnp.float32)] * 2
+  if tree:
+    names += ['ancestors']
+    shapes += [((time, time), jnp.bool)]
+  run = functools.partial(
+    decode_attention.decode_attention, implementation='mosaic_tpu'
+  )
+  call = lambda q, k, v, n, *more: run(q, k, v, n, **dict(zip(names, more)))
+  return call, shapes
 
 
 def _int8(dtype, m, k, n):
@@ -65,6 +86,15 @@ CASES = {
   ),
   'attention with gradients, bf16': _attention_backward(
     jnp.bfloat16, 2048, 8, 8, 128, causal=True
+  ),
+  'decode, bf16, one query': _decode(
+    jnp.bfloat16, jnp.bfloat16, 1, 8192, 32, 8, 128
+  ),
+  'decode, bf16, int8 cache, tree of 64': _decode(
+    jnp.bfloat16, jnp.int8, 64, 8192, 32, 8, 128, tree=True
+  ),
+  'decode, f32, 8 queries, width 64': _decode(
+    jnp.float32, jnp.float32, 8, 384, 9, 3, 64
   ),
   'int8, bf16 rows quantized inside': _int8(jnp.bfloat16, 256, 4096, 4096),
   'int8, one f32 row': _int8(jnp.float32, 1, 576, 1536),

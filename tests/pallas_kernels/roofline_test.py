@@ -18,6 +18,19 @@ def test_attention():
   assert both.flops == 3.5 * work.flops
 
 
+def test_decode_attention():
+  shape = {'batch': 2, 'time': 3, 'slots': 50, 'heads': 4, 'kv_heads': 2}
+  work = roofline.decode_attention(**shape, width=8, item_bytes=2)
+  assert work.flops == 2 * 4 * (3 * 50) * 8 * 2 * 2
+  cache, queries = 2 * (2 * 50 * 2 * 8), 2 * 3 * 4 * 8
+  assert work.bytes == 2 * (cache + 2 * queries) + 4 * 2 * 4 * 3
+  int8 = roofline.decode_attention(
+    **shape, width=8, item_bytes=2, cache_bytes=1, tree=True
+  )
+  scales, bits = 2 * (2 * 50 * 2), 3 * 3
+  assert work.bytes - int8.bytes == cache - 4 * scales - bits / 8
+
+
 def test_matmul_and_the_bound():
   work = roofline.matmul(10, 20, 30, w_bits=4)
   assert work.flops == 2 * 10 * 20 * 30

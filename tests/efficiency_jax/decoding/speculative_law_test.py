@@ -18,9 +18,9 @@ from efficiency_jax.decoding import sampling
 from efficiency_jax.decoding import schedule
 from efficiency_jax.decoding import speculative
 from efficiency_jax.decoding import verifiers
-from efficiency_jax.models import attention
 from efficiency_jax.models import cache as kv_cache
 from efficiency_jax.models import transformer
+from pallas_kernels.decode_attention import blockwise as decode_attention
 from tests import fixtures
 
 _VOCAB = 4
@@ -57,7 +57,7 @@ _DRAFTERS = {
 @pytest.fixture(autouse=True)
 def _short_blocks(monkeypatch):
   """Ten positions a row need no blocks of 128."""
-  monkeypatch.setattr(attention, 'BLOCK', 16)
+  monkeypatch.setattr(decode_attention, 'BLOCK', 16)
   monkeypatch.setattr(kv_cache, 'BLOCK', 16)
   monkeypatch.setattr(prefill, 'CHUNK', 4)
 

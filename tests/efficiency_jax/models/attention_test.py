@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from efficiency_jax.models import attention
+from pallas_kernels.decode_attention import blockwise as decode_attention
 
 _BATCH, _TIME, _HEADS, _KV_HEADS, _DIM = 2, 9, 4, 2, 4
 
@@ -49,9 +50,12 @@ def test_full_attention_is_the_formula(window, softcap):
 
 
 @_CASES
-def test_cached_attention_is_the_formula(monkeypatch, window, softcap):
-  """Ragged rows, several blocks, and noise in the slots that nobody sees."""
-  monkeypatch.setattr(attention, 'BLOCK', 4)
+@pytest.mark.parametrize('few', [2, 3])
+def test_cached_attention_is_the_formula(monkeypatch, window, softcap, few):
+  """Ragged rows, several blocks, and noise in the slots that nobody sees; three
+  queries are few, or many."""
+  monkeypatch.setattr(decode_attention, 'BLOCK', 4)
+  monkeypatch.setattr(attention, 'FEW_QUERIES', few)
   queries, keys, values = _inputs()
   expected = _naive(queries, keys, values, window, softcap)
   # Row 1 stands two tokens behind row 0.
@@ -65,7 +69,7 @@ def test_cached_attention_is_the_formula(monkeypatch, window, softcap):
   new = np.stack([queries[row, positions[row]] for row in range(_BATCH)])
   got = jax.jit(
     lambda *x: attention.cached_attention(*x, window=window, softcap=softcap)
-  )(new, *map(jnp.asarray, slots), jnp.asarray(positions))
+  )(new, *map(jnp.asarray, slots), jnp.asarray(positions[:, 0]))
   assert np.isfinite(got).all()
   for row in range(_BATCH):
     np.testing.assert_allclose(
@@ -75,7 +79,7 @@ def test_cached_attention_is_the_formula(monkeypatch, window, softcap):
 
 def test_a_block_whose_keys_are_all_masked_leaves_no_trace(monkeypatch):
   """The first block of a row whose window begins behind it."""
-  monkeypatch.setattr(attention, 'BLOCK', 2)
+  monkeypatch.setattr(decode_attention, 'BLOCK', 2)
   queries, keys, values = _inputs(scale=1.0)
   expected = _naive(queries, keys, values, 2, None)
   slots = [
@@ -87,7 +91,7 @@ def test_a_block_whose_keys_are_all_masked_leaves_no_trace(monkeypatch):
   slots[0][1, :, :6], slots[1][1, :, :6] = 1e4, 1e4
   new = np.stack([queries[0, 1:2], queries[1, 8:9]])
   got = attention.cached_attention(
-    jnp.asarray(new), *map(jnp.asarray, slots), positions, window=2
+    jnp.asarray(new), *map(jnp.asarray, slots), positions[:, 0], window=2
   )
   np.testing.assert_allclose(got[0, 0], expected[0, 1], atol=2e-5)
   np.testing.assert_allclose(got[1, 0], expected[1, 8], atol=2e-5)

@@ -249,3 +249,17 @@ def test_bfloat16_models_compute_in_bfloat16():
   assert output.hidden.dtype == jnp.bfloat16
   assert output.logits.dtype == jnp.float32
   np.testing.assert_allclose(output.logits, _whole('every').logits, atol=0.5)
+
+
+def test_every_implementation_of_attention_gives_the_same_logits():
+  config, tokens = _CONFIGS['every'], jnp.asarray(_TOKENS)
+  params = fixtures.params(config)
+  for implementation in ('reference', 'blockwise'):
+    apply = jax.jit(transformer.apply_fn(config, implementation))
+    output, _ = apply(params, tokens)
+    chex.assert_trees_all_close(output, _whole('every'), atol=1e-4)
+    cache = kv_cache.init(config, tokens.shape[0], tokens.shape[1])
+    output, _ = apply(params, tokens, cache)
+    chex.assert_trees_all_close(output, _whole('every'), atol=1e-4)
+  with pytest.raises(ValueError, match="no implementation 'flash'"):
+    transformer.apply_fn(config, 'flash')(params, tokens)
