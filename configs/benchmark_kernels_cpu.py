@@ -1,12 +1,13 @@
-"""Attention on two CPU cores: naive, blockwise and block-sparse.
+"""Kernels on two CPU cores: attention, decode attention, narrow products.
 
     python -m experiments.benchmark_kernels \\
       --config=configs/benchmark_kernels_cpu.py --workdir=runs/benchmark_kernels
 
 float32 at the shape of SmolLM2 (9 query heads, 3 key heads, width 64), causal
 but for the block-sparse cases. Two CPU cores and 8 GB of memory, under 8
-minutes on a machine that does nothing else. `:tiny` after the file's name runs
-every part in seconds.
+minutes on a machine that does nothing else. With torch installed (make
+test-peers, then .venv-peers/bin/python) its attention is a row too. `:tiny`
+after the file's name runs every part in seconds.
 
 FlashAttention on an A100 (arXiv 2205.14135, table 20, forward and backward,
 head width 64): 1.73x PyTorch at n = 2048 and 1.68x at 4096, block-sparse 7.7x
@@ -27,11 +28,30 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.kv_heads = 3
   config.width = 64
   config.dtype = 'float32'
+  # Those that cannot run here are left out; the first is the baseline.
+  config.attention = ('naive', 'jax.nn', 'torch', 'reference', 'blockwise')
   config.forward = (64, 128) if tiny else (512, 1024, 2048, 4096, 8192)
   config.backward = (64,) if tiny else (512, 1024, 2048)
   # Dense against a share of the tiles, without causal masking.
   config.sparse = (512,) if tiny else (2048, 8192)
   config.sparse_density = 0.25
-  config.repeats = 3
+  config.sparse_implementation = 'blockwise'
+  # New tokens over caches with this many used slots.
+  config.decode = ('reference', 'blockwise')
+  config.decode_queries = (1,) if tiny else (1, 16)
+  config.decode_slots = (128,) if tiny else (256, 1024, 4096)
+  config.decode_batch = 1
+  # Products [m, k] x [k, n].
+  config.products = ('blockwise',)
+  config.int8 = (
+    ((2, 64, 48),)
+    if tiny
+    else ((1, 576, 49152), (256, 576, 1536), (256, 576, 49152))
+  )
+  config.binary = (
+    ((8, 64, 48),) if tiny else ((1024, 1024, 1024), (1, 576, 49152))
+  )
+  config.machine_size = 64 if tiny else 1024  # of the product that is the peak
+  config.repeats = 5
   config.seed = 0
   return config

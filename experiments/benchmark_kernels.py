@@ -17,6 +17,7 @@ import ml_collections
 from efficiency_jax.evaluation import speed
 from experiments import display
 from experiments import figures
+from experiments import kernel_baselines as baselines
 from experiments import kernel_cases as cases
 from experiments import launch
 from experiments import workdir as workdirs
@@ -39,9 +40,9 @@ def experiment(
 ) -> None:
   """Measures the machine, then every case of the config."""
   check(config)
-  machine = workdir.row('machine', measure_machine)
+  machine = workdir.row('machine', lambda: measure_machine(config))
   rows = []
-  made = [(case.key, case) for case in cases.attention(config)]
+  made = [(case.key, case) for case in cases.cases(config)]
   for key, case in display.track(made, 'kernels'):
     rows += workdir.row(
       key, lambda case=case: {'rows': cases.measure(case, config, machine)}
@@ -49,22 +50,34 @@ def experiment(
   workdir.write_results(rows)
   table = display.table(rows, COLUMNS)
   table.show()
-  image = workdir.save_figure(figures.kernels(rows), 'attention')
+  grown = [row for row in rows if 'attention' in row['operation']]
+  image = workdir.save_figure(figures.kernels(grown), 'attention')
+  missing = filter(None, map(baselines.missing, config.attention))
+  left_out = ' '.join(f'Left out: {why}.' for why in missing)
   workdir.write_report(
     f'{table.markdown()}\n\n![time and memory]({image.name})\n\nPeaks here:'
-    f' {machine["flops_per_second"] / 1e9:.0f} GFLOP/s by a product of two'
-    f' 1024 x 1024 matrices, {machine["bytes_per_second"] / 1e9:.1f} GB/s by a'
-    ' sum. Speed-ups are over the first implementation of a case; errors are'
-    ' the largest difference to it.\n'
+    f' {machine["flops_per_second"] / 1e9:.0f} GFLOP/s by a {config.dtype}'
+    f' product of two {config.machine_size} x {config.machine_size} matrices,'
+    f' {machine["bytes_per_second"] / 1e9:.1f} GB/s by a sum. Speed-ups are'
+    ' over the first implementation of a case; errors are the largest'
+    ' difference to it over its largest number. MB are scratch and outputs as'
+    f' the compiler plans them. {left_out}\n'
   )
 
 
 def check(config: ml_collections.ConfigDict) -> None:
   """Finds what is wrong with a config before anything is measured."""
-  for name in ('forward', 'backward', 'sparse'):
-    for size in config[name]:
+  for name in ('forward', 'backward', 'sparse', 'decode_slots', 'machine_size'):
+    sizes = config[name]
+    for size in sizes if isinstance(sizes, tuple) else (sizes,):
       if size < 1:
         raise ValueError(f'--config.{name} must hold sizes >= 1, got {size}.')
+  for name in ('int8', 'binary'):
+    for shape in config[name]:
+      if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(
+          f'--config.{name} must hold sizes (m, k, n) >= 1, got {shape}.'
+        )
   if not 0 < config.sparse_density <= 1:
     raise ValueError(
       f'--config.sparse_density must be in (0, 1], got {config.sparse_density}.'
@@ -76,14 +89,21 @@ def check(config: ml_collections.ConfigDict) -> None:
       f'--config.kv_heads={config.kv_heads} must divide --config.heads ='
       f' {config.heads}.'
     )
+  for field, known in cases.NAMES.items():
+    for name in config[field]:
+      if name not in known:
+        raise ValueError(
+          f'--config.{field} has no {name!r}; there are {", ".join(known)}.'
+        )
 
 
-def measure_machine() -> workdirs.Row:
+def measure_machine(config: ml_collections.ConfigDict) -> workdirs.Row:
   """What one large product and one long sum reach."""
-  x = jax.random.normal(jax.random.key(0), (1024, 1024))
+  size = config.machine_size
+  x = jax.random.normal(jax.random.key(0), (size, size), config.dtype)
   product = speed.measure(jax.jit(jnp.matmul), x, x, repeats=9)
   return {
-    'flops_per_second': 2 * 1024**3 / min(product.times),
+    'flops_per_second': 2 * size**3 / min(product.times),
     'bytes_per_second': speed.read_bandwidth(),
   }
 

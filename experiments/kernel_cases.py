@@ -1,8 +1,9 @@
 """What `benchmark_kernels` times: operations, shapes and implementations."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,23 @@ import ml_collections
 import numpy as np
 
 from efficiency_jax.evaluation import speed
+from experiments import kernel_baselines as baselines
 from experiments import workdir as workdirs
+from experiments.kernel_baselines import compiled
 from pallas_kernels import masks
 from pallas_kernels import roofline
-from pallas_kernels.attention import api
+from pallas_kernels.attention import api as attention_api
+from pallas_kernels.binary_matmul import api as binary_matmul
+from pallas_kernels.decode_attention import api as decode_api
+from pallas_kernels.int8_matmul import api as int8_matmul
 
 TILE = (256, 256)  # of block-sparse attention
+# What the fields of a config may name.
+NAMES = {
+  'attention': (*baselines.ATTENTION, *attention_api.IMPLEMENTATIONS),
+  'decode': tuple(decode_api.IMPLEMENTATIONS),
+  'products': tuple(int8_matmul.IMPLEMENTATIONS),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,30 +36,39 @@ class Case:
 
   Attributes:
     operation: Its name.
-    size: Queries and keys.
-    candidates: Functions of q, k and v; the first is the baseline.
-    work: What each of them has to do.
-    alike: Whether all compute the same numbers.
+    size: Queries, slots or rows: what grows.
+    shapes: Of the random inputs, float32 normal.
+    candidates: From the inputs to what is timed, see `kernel_baselines`; the
+      first one is the baseline.
+    work: What each of them has to do; one for all, or by name.
+    alike: Whether all compute the same numbers, up to rounding.
   """
 
   operation: str
   size: int
-  candidates: Mapping[str, Callable]
-  work: Mapping[str, roofline.Work]
+  shapes: tuple[tuple[int, ...], ...]
+  candidates: Mapping[str, baselines.Prepare]
+  work: roofline.Work | Mapping[str, roofline.Work]
+  dtype: str = 'float32'
   alike: bool = True
 
   @property
   def key(self) -> str:
     """Names the case in a folder of results."""
-    return f'{self.operation}/{self.size}'
+    shapes = '-'.join('x'.join(map(str, shape)) for shape in self.shapes)
+    return f'{self.operation}/{shapes}'
 
 
-def attention(config: ml_collections.ConfigDict) -> Iterator[Case]:
+def cases(config: ml_collections.ConfigDict) -> Iterator[Case]:
+  """Everything that a config asks for."""
+  yield from _attention(config)
+  yield from _decode(config)
+  yield from _int8(config)
+  yield from _binary(config)
+
+
+def _attention(config: ml_collections.ConfigDict) -> Iterator[Case]:
   """Forward, forward with backward, and block-sparse."""
-  names = ('reference', 'blockwise')
-  run = lambda name, **options: functools.partial(
-    api.attention, implementation=name, **options
-  )
   work = functools.partial(
     roofline.attention,
     batch=config.batch,
@@ -56,38 +77,152 @@ def attention(config: ml_collections.ConfigDict) -> Iterator[Case]:
     width=config.width,
     item_bytes=jnp.dtype(config.dtype).itemsize,
   )
-  for n in config.forward:
-    yield Case(
-      operation='attention forward',
+
+  def case(operation, n, candidates, work, **options):
+    head = lambda heads: (config.batch, n, heads, config.width)
+    return Case(
+      operation=operation,
       size=n,
-      candidates={name: run(name, causal=True) for name in names},
-      work=dict.fromkeys(names, work(q_size=n, kv_size=n, density=0.5)),
+      shapes=(head(config.heads), *[head(config.kv_heads)] * 2),
+      candidates=candidates,
+      work=work,
+      dtype=config.dtype,
+      **options,
     )
-  for n in config.backward:
-    each = work(q_size=n, kv_size=n, density=0.5, backward=True)
-    yield Case(
-      operation='attention forward and backward',
-      size=n,
-      candidates={name: _gradients(run(name, causal=True)) for name in names},
-      work=dict.fromkeys(names, each),
-    )
+
+  run = lambda name, **options: functools.partial(
+    attention_api.attention, implementation=name, **options
+  )
+  for backward in (False, True):
+    known = baselines.attention(backward) | {
+      name: compiled(baselines.gradients(ours) if backward else ours)
+      for name in attention_api.IMPLEMENTATIONS
+      for ours in [lambda *a, name=name: run(name, causal=True)(*a)[0]]
+    }
+    names = [name for name in config.attention if name in known]
+    operation = 'attention forward' + ' and backward' * backward
+    for n in config.backward if backward else config.forward:
+      needed = work(q_size=n, kv_size=n, density=0.5, backward=backward)
+      yield case(operation, n, {name: known[name] for name in names}, needed)
   for n in config.sparse:
     tiles = _tiles(n, config)
     density = tiles.density(-(-n // TILE[1]))
-    yield Case(
-      operation='attention forward, not causal',
-      size=n,
-      candidates={
-        'blockwise': run('blockwise'),
-        f'blockwise, {density:.0%} of tiles': run('blockwise', tiles=tiles),
-      },
-      work={
-        'blockwise': work(q_size=n, kv_size=n),
-        f'blockwise, {density:.0%} of tiles': work(
-          q_size=n, kv_size=n, density=density
-        ),
+    name = config.sparse_implementation
+    sparse = f'{name}, {density:.0%} of tiles'
+    candidates = {name: run(name), sparse: run(name, tiles=tiles)}
+    yield case(
+      'attention forward, not causal',
+      n,
+      {name: compiled(function) for name, function in candidates.items()},
+      {
+        name: work(q_size=n, kv_size=n),
+        sparse: work(q_size=n, kv_size=n, density=density),
       },
       alike=False,
+    )
+
+
+def _decode(config: ml_collections.ConfigDict) -> Iterator[Case]:
+  """New tokens over a full cache, plain and in eight bits."""
+  for time in config.decode_queries:
+    for slots in config.decode_slots:
+      batch, heads, kv_heads, width = (
+        config.decode_batch,
+        config.heads,
+        config.kv_heads,
+        config.width,
+      )
+      length = jnp.full((batch,), slots)
+      work = functools.partial(
+        roofline.decode_attention,
+        batch=batch,
+        time=time,
+        slots=slots,
+        heads=heads,
+        kv_heads=kv_heads,
+        width=width,
+        item_bytes=jnp.dtype(config.dtype).itemsize,
+      )
+      run = lambda name, length=length: (
+        lambda q, k, v, *scales: decode_api.decode_attention(
+          q,
+          k,
+          v,
+          length,
+          implementation=name,
+          **dict(zip(('k_scales', 'v_scales'), scales)),
+        )[0]
+      )
+      names = config.decode
+      candidates = {name: compiled(run(name)) for name in names}
+      needed = dict.fromkeys(names, work())
+      quantized = f'{names[-1]}, int8 cache'
+      candidates[quantized] = compiled(run(names[-1]), _int8_cache)
+      needed[quantized] = work(cache_bytes=1)
+      cache = (batch, kv_heads, slots, width)
+      yield Case(
+        operation=f'decode attention, {time} queries, batch {batch}',
+        size=slots,
+        shapes=((batch, time, heads, width), cache, cache),
+        candidates=candidates,
+        work=needed,
+        dtype=config.dtype,
+      )
+
+
+def _int8_cache(q, k, v):
+  (k, k_scales), (v, v_scales) = map(int8_matmul.quantize_rows, (k, v))
+  return q, k, v, k_scales, v_scales
+
+
+def _int8(config: ml_collections.ConfigDict) -> Iterator[Case]:
+  """Eight bits on both sides, the rows quantized in the program."""
+  for m, k, n in config.int8:
+    ours = lambda name: functools.partial(
+      int8_matmul.int8_matmul, implementation=name
+    )
+    bits = 8 * jnp.dtype(config.dtype).itemsize
+    float_work = roofline.matmul(m, n, k, x_bits=bits, w_bits=bits)
+    yield Case(
+      operation='int8 product',
+      size=m,
+      shapes=((m, k), (k, n)),
+      candidates={config.dtype: compiled(jnp.matmul)}
+      | {name: compiled(ours(name), _int8_weights) for name in config.products},
+      work={config.dtype: float_work}
+      | dict.fromkeys(
+        config.products, roofline.matmul(m, n, k, x_bits=bits, w_bits=8)
+      ),
+      dtype=config.dtype,
+    )
+
+
+def _int8_weights(x, w):
+  values, scales = int8_matmul.quantize_rows(w.T)
+  return x, values.T, scales
+
+
+def _binary(config: ml_collections.ConfigDict) -> Iterator[Case]:
+  """Signs of both sides, packed before; the baseline multiplies them."""
+  for m, k, n in config.binary:
+    ours = lambda name, k=k: functools.partial(
+      binary_matmul.binary_matmul, size=k, implementation=name
+    )
+    signs = lambda x, w: (jnp.where(x >= 0, 1.0, -1.0) for x in (x, w))
+    packed = lambda x, w: (
+      binary_matmul.pack_signs(x),
+      binary_matmul.pack_signs(w.T),
+    )
+    yield Case(
+      operation='binary product',
+      size=m,
+      shapes=((m, k), (k, n)),
+      candidates={'float32': compiled(jnp.matmul, signs)}
+      | {name: compiled(ours(name), packed) for name in config.products},
+      work={'float32': roofline.matmul(m, n, k)}
+      | dict.fromkeys(
+        config.products, roofline.matmul(m, n, k, x_bits=1, w_bits=1)
+      ),
     )
 
 
@@ -96,56 +231,47 @@ def measure(
 ) -> list[workdirs.Row]:
   """A row for each implementation."""
   rng = np.random.default_rng(config.seed)
-  draw = lambda heads: jnp.asarray(
-    rng.standard_normal((config.batch, case.size, heads, config.width)),
-    config.dtype,
-  )
-  arrays = draw(config.heads), draw(config.kv_heads), draw(config.kv_heads)
-  programs = {
-    name: jax.jit(function).lower(*arrays).compile()
-    for name, function in case.candidates.items()
-  }
+  inputs = [
+    jnp.asarray(rng.standard_normal(shape), case.dtype) for shape in case.shapes
+  ]
+  ready = {name: prepare(*inputs) for name, prepare in case.candidates.items()}
   timings = speed.compare(
-    {name: functools.partial(p, *arrays) for name, p in programs.items()},
+    {name: candidate.call for name, candidate in ready.items()},
     repeats=config.repeats,
   )
-  baseline = next(iter(programs))
-  right = programs[baseline](*arrays)
+  baseline = next(iter(ready))
+  results = lambda candidate: candidate.read(candidate.call())
+  right = results(ready[baseline]) if case.alike else None
   rows = []
-  for name, program in programs.items():
+  for name, candidate in ready.items():
     seconds = timings[name].median_seconds
-    work = case.work[name]
+    work = case.work[name] if isinstance(case.work, dict) else case.work
     least = work.seconds(
       machine['flops_per_second'], machine['bytes_per_second']
     )
-    plan = program.memory_analysis()
-    peak = plan.temp_size_in_bytes + plan.output_size_in_bytes
+    peak = candidate.peak_bytes
     rows.append(
       {
         'method': f'{case.operation}, {name}',
         'operation': case.operation,
         'implementation': name,
-        'shape': [list(x.shape) for x in arrays],
+        'shape': ' '.join('x'.join(map(str, x)) for x in case.shapes),
         'sequence_length': case.size,
         'milliseconds': 1e3 * seconds,
-        'milliseconds_minimum': 1e3 * min(timings[name].times),
-        'milliseconds_maximum': 1e3 * max(timings[name].times),
+        'milliseconds_minimum': 1e3 * timings[name].minimum_seconds,
+        'milliseconds_spread': 1e3 * timings[name].spread_seconds,
         'baseline': baseline,
         'speedup': timings[baseline].median_seconds / seconds,
         'gigaflops_per_second': work.flops / seconds / 1e9,
         'gigabytes_per_second': work.bytes / seconds / 1e9,
         'roofline_fraction': least / seconds,
         'peak_bytes': peak,
-        'peak_megabytes': peak / 1e6,
-        'max_error': _error(program(*arrays), right) if case.alike else None,
+        'peak_megabytes': None if peak is None else peak / 1e6,
+        'max_error': _error(results(candidate), right) if case.alike else None,
         'seed': config.seed,
       }
     )
   return rows
-
-
-def _gradients(run: Callable) -> Callable:
-  return jax.grad(lambda *arrays: run(*arrays)[0].sum(), (0, 1, 2))
 
 
 def _tiles(size: int, config: ml_collections.ConfigDict) -> masks.Tiles:
@@ -159,6 +285,11 @@ def _tiles(size: int, config: ml_collections.ConfigDict) -> masks.Tiles:
   return masks.Tiles.of(TILE, kept)
 
 
-def _error(got, right) -> float:
-  leaves = zip(jax.tree.leaves(got), jax.tree.leaves(right), strict=True)
-  return max(float(jnp.abs(a - b).max()) for a, b in leaves)
+def _error(got: Any, right: Any) -> float:
+  """The largest difference, relative to the largest number."""
+  pairs = [
+    (np.asarray(a, np.float32), np.asarray(b, np.float32))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(right), strict=True)
+  ]
+  scale = max(float(np.abs(b).max()) for _, b in pairs)
+  return max(float(np.abs(a - b).max()) for a, b in pairs) / scale

@@ -35,8 +35,8 @@ from pallas_kernels import masks
 
 # Queries and keys of a tile: the scores of one head group fit the cache of a
 # core, and the products are large enough to be worth two cores.
-TILE = (512, 512)
-BACKWARD_TILE = (256, 512)  # it holds twice as many arrays of scores
+TILE = (256, 512)
+BACKWARD_TILE = (256, 256)  # it holds twice as many arrays of scores
 
 
 class _Plan(NamedTuple):
@@ -84,9 +84,6 @@ def _tile_scores(rule, limits, plan, row, column, q_tile, k_tile):
   queries = row * plan.size[0] + jnp.arange(plan.size[0])
   keys = column * plan.size[1] + jnp.arange(plan.size[1])
   seen = masks.visible(rule, limits, queries, keys)
-  used = seen.any(axis=1)[:, None, :, None]
-  # What an unseen key holds must not matter, and 0 times NaN is NaN.
-  k_tile = jnp.where(used, k_tile, 0)
   scores = jnp.einsum(
     'bkgnd,bkmd->bkgnm', q_tile, k_tile, preferred_element_type=jnp.float32
   )
@@ -94,7 +91,7 @@ def _tile_scores(rule, limits, plan, row, column, q_tile, k_tile):
   if rule.softcap is not None:
     scores = rule.softcap * jnp.tanh(scores / rule.softcap)
   scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
-  return scores, used, k_tile
+  return scores, seen.any(axis=1)[:, None, :, None]
 
 
 def forward(
@@ -117,9 +114,10 @@ def forward(
     def step(column, carry):
       largest, total, out = carry
       k_tile, v_tile = (_columns(x, column, plan) for x in (k, v))
-      scores, used, _ = _tile_scores(
+      scores, used = _tile_scores(
         rule, limits, plan, row, column, q_tile, k_tile
       )
+      # What an unseen key holds must not matter, and 0 times NaN is NaN.
       v_tile = jnp.where(used, v_tile, 0)
       new = jnp.maximum(largest, scores.max(-1, keepdims=True))
       # A query that has seen nothing yet has -inf: its weights must be 0.
@@ -187,10 +185,10 @@ def backward(rule, q, k, v, limits, out, lse, d_out, d_lse):
     def step(column, carry):
       dq, dk, dv = carry
       k_tile, v_tile = (_columns(x, column, plan) for x in (k_rows, v_rows))
-      scores, used, k_tile = _tile_scores(
+      scores, used = _tile_scores(
         rule, limits, plan, row, column, q_tile, k_tile
       )
-      v_tile = jnp.where(used, v_tile, 0)
+      k_tile, v_tile = (jnp.where(used, x, 0) for x in (k_tile, v_tile))
       weights = jnp.exp(scores - lse_tile)
       d_weights = product('bkgnd,bkmd->bkgnm', d_out_tile, v_tile)
       d_scores = weights * (d_weights - delta_tile)

@@ -1,5 +1,7 @@
 """The kernel benchmark on tiny shapes; its numbers mean nothing here."""
 
+import collections
+import importlib.util
 import json
 import pathlib
 
@@ -25,17 +27,28 @@ def _run(workdir, *flags):
 def test_rows_table_and_figure(tmp_path):
   _run(tmp_path / 'run')
   rows = json.loads((tmp_path / 'run/results.json').read_text())['rows']
-  assert len(rows) == 2 * (2 + 1 + 1)
+  peers = importlib.util.find_spec('torch') is not None
+  per_operation = collections.Counter(row['operation'] for row in rows)
+  assert per_operation == {
+    'attention forward': 2 * (4 + peers),
+    'attention forward and backward': 4 + peers,
+    'attention forward, not causal': 2,
+    'decode attention, 1 queries, batch 1': 3,
+    'int8 product': 2,
+    'binary product': 2,
+  }
   for row in rows:
     assert row['milliseconds'] > 0
-    assert row['peak_bytes'] > 0
-    assert 0 < row['roofline_fraction'] < 2
+    assert row['implementation'] == 'torch' or row['peak_bytes'] > 0
+    assert row['roofline_fraction'] > 0
     first = row['implementation'] == row['baseline']
     assert (row['speedup'] == 1) or not first
-  errors = [row['max_error'] for row in rows if row['max_error'] is not None]
-  assert len(errors) == 6
-  assert max(errors) < 1e-4
-  assert {row['sequence_length'] for row in rows} == {64, 128, 512}
+  for row in rows:
+    eight_bits = 'int8' in row['method']
+    if row['operation'] == 'attention forward, not causal':
+      assert row['max_error'] is None  # two different things are computed
+    else:
+      assert row['max_error'] < (0.03 if eight_bits else 1e-5)
   assert (tmp_path / 'run/attention.png').stat().st_size > 10_000
   assert 'of roofline' in (tmp_path / 'run/report.md').read_text()
 
@@ -47,6 +60,10 @@ def test_rows_table_and_figure(tmp_path):
     ('--config.sparse_density=0.0', 'sparse_density must be in (0, 1]'),
     ('--config.repeats=0', '--config.repeats must be >= 1'),
     ('--config.kv_heads=2', '--config.kv_heads=2 must divide'),
+    ('--config.int8=((0, 1, 1),)', '--config.int8 must hold sizes (m, k, n)'),
+    ("--config.attention=('flash',)", "--config.attention has no 'flash'"),
+    ("--config.decode=('cudnn',)", "--config.decode has no 'cudnn'"),
+    ('--config.machine_size=0', '--config.machine_size must hold sizes >= 1'),
   ],
 )
 def test_a_wrong_field_ends_in_one_line(tmp_path, capsys, flag, message):

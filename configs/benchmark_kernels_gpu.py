@@ -1,0 +1,50 @@
+"""Kernels on one Hopper GPU: attention, decode attention, narrow products.
+
+    python -m experiments.benchmark_kernels \\
+      --config=configs/benchmark_kernels_gpu.py --workdir=runs/kernels_gpu
+
+bfloat16, head width 128, causal, one H100 or H200; a few minutes. Baselines are
+XLA's naive program, cuDNN (through jax.nn), jax's own Hopper kernel and, where
+torch is installed with CUDA, its scaled_dot_product_attention.
+
+Not run yet: no GPU was at hand (RESULTS.md). The chart of FlashAttention-3 for
+an H100 (github.com/Dao-AILab/flash-attention), causal forward, width 128,
+sequences of 4096, 8192, 16384: FlashAttention-2 319, 333, 335 TFLOP/s, Triton
+353, 369, 378, cuDNN 518, 529, 539, FlashAttention-3 579, 602, 616.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The settings."""
+  config = ml_collections.ConfigDict()
+  config.batch = 4
+  config.heads = 16
+  config.kv_heads = 16
+  config.width = 128
+  config.dtype = 'bfloat16'
+  config.attention = (
+    'naive',
+    'cudnn',
+    'attention_mgpu',
+    'torch',
+    'blockwise',
+    'mosaic_gpu',
+  )
+  config.forward = (1024, 2048, 4096, 8192, 16384)
+  config.backward = (1024, 2048, 4096, 8192)
+  config.sparse = ()  # the Hopper kernel takes no tile lists yet
+  config.sparse_density = 0.25
+  config.sparse_implementation = 'blockwise'
+  config.decode = ('blockwise',)
+  config.decode_queries = (1, 64)
+  config.decode_slots = (8192,)
+  config.decode_batch = 64
+  config.products = ('blockwise', 'mosaic_gpu')
+  config.int8 = ((8192, 8192, 8192), (16, 8192, 8192))
+  config.binary = ((8192, 8192, 8192),)
+  config.machine_size = 8192
+  config.repeats = 9
+  config.seed = 0
+  return config
