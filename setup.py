@@ -11,7 +11,20 @@ _EXTRAS = {
   'cuda': ['jax[cuda13]'],
   'hub': ['huggingface_hub'],
   'peers': ['torch', 'transformers', 'llama-cpp-python'],
-  'aot': ['libtpu'],
+  'aot': [
+    'libtpu',
+    *(
+      f'{name} ; sys_platform == "linux"'
+      for name in (
+        'jax-cuda13-plugin',
+        'jax-cuda13-pjrt',
+        'nvidia-cuda-nvcc',
+        'nvidia-cuda-runtime',
+        'nvidia-nvjitlink',
+        'nvidia-nvvm',
+      )
+    ),
+  ],
   'test': ['pytest>=8', 'hypothesis', 'scipy'],
   'dev': ['ruff', 'pre-commit'],
   'notebooks': ['jupytext', 'nbclient', 'ipykernel'],

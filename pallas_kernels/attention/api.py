@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels import masks
 from pallas_kernels.attention import blockwise
+from pallas_kernels.attention import mosaic_gpu
 from pallas_kernels.attention import mosaic_tpu
 from pallas_kernels.attention import reference
 
@@ -18,6 +19,7 @@ IMPLEMENTATIONS = {
   'reference': reference.attention,
   'blockwise': blockwise.attention,
   'mosaic_tpu': mosaic_tpu.attention,
+  'mosaic_gpu': mosaic_gpu.attention,
 }
 
 
@@ -56,8 +58,8 @@ def attention(
     softcap: c replaces scores by `c tanh(s / c)` (arXiv 2408.00118).
     scale: Factor of the scores; None is `D ** -0.5`.
     tiles: Tiles of the score matrix to compute; the others are hidden.
-    implementation: See `dispatch`: 'reference', 'blockwise',
-      'mosaic_tpu', or None.
+    implementation: See `dispatch`: 'reference', 'blockwise', 'mosaic_tpu',
+      'mosaic_gpu', or None.
 
   Returns:
     Out [B, Sq, H, Dv] in the dtype of q and log-sum-exp [B, H, Sq] float32.

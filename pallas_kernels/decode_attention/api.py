@@ -84,7 +84,7 @@ def decode_attention(
   limits = masks.Limits(length - time, length, None, None, ancestors)
   rule = masks.Rule(
     scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
-    causal=ancestors is None,
+    causal=True,  # of the ancestors too: none stands before its parent
     window=window,
     softcap=softcap,
   )

@@ -34,14 +34,20 @@ CASES = {
   'window': {'window': 40, 'time': 4, 'length': (200, 30)},
   'window of one': {'window': 1, 'time': 3},
   'softcap': {'softcap': 2.0, 'scale': 1.7, 'time': 2},
-  'tree': {'tree': True, 'time': 6},
-  'tree, window': {'tree': True, 'time': 6, 'window': 2},
-  'tree at a border': {'tree': True, 'time': 6, 'length': (131, 6)},
+  'tree': {'tree': PARENTS, 'time': 6},
+  'two trees': {'tree': (-1, -1, 0, 1, 1, 2), 'time': 6},
+  'tree, window': {'tree': PARENTS, 'time': 6, 'window': 2},
+  'tree at a border': {'tree': PARENTS, 'time': 6, 'length': (131, 6)},
   'int8': {'int8': True, 'time': 3, 'heads': (4, 2)},
   'int8, window': {'int8': True, 'window': 9, 'length': (256, 0)},
-  'int8, tree': {'int8': True, 'time': 6, 'tree': True, 'softcap': 3.0},
+  'int8, tree': {'int8': True, 'time': 6, 'tree': PARENTS, 'softcap': 3.0},
   'two parts': {'splits': 2, 'time': 2, 'length': (250, 90)},
-  'two parts, tree': {'splits': 2, 'tree': True, 'time': 6, 'length': (131, 4)},
+  'two parts, tree': {
+    'splits': 2,
+    'tree': PARENTS,
+    'time': 6,
+    'length': (131, 4),
+  },
   'wide values': {'widths': (16, 40), 'time': 2},
 }
 
@@ -69,7 +75,7 @@ def _case(
   widths=(8, 8),
   length=(201, 37),
   int8=False,
-  tree=False,
+  tree=None,
   dtype=jnp.float32,
   **options,
 ):
@@ -88,7 +94,7 @@ def _case(
   else:
     k, v = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
   if tree:
-    options['ancestors'] = jnp.asarray(_ancestors()[:time, :time])
+    options['ancestors'] = jnp.asarray(_ancestors(tree))
   return (q, k, v, jnp.asarray(length, jnp.int32)), options
 
 
@@ -213,7 +219,7 @@ def test_a_chain_is_the_tree_whose_tokens_are_each_others_children(name):
 @pytest.mark.parametrize('name', RUNNABLE)
 def test_a_branch_of_a_tree_is_a_chain(name):
   """Each path from the root gives what decoding that path alone gives."""
-  (q, k, v, length), options = _case(time=6, tree=True, length=(140, 37))
+  (q, k, v, length), options = _case(time=6, tree=PARENTS, length=(140, 37))
   out, _ = _run(name, (q, k, v, length), options)
   for leaf in (3, 4, 5):
     path = np.flatnonzero(_ancestors()[leaf])
@@ -294,7 +300,7 @@ def test_results_over_parts_of_a_cache_merge():
 
 
 def test_the_tpu_kernel_has_no_races():
-  arrays, options = _case(time=6, tree=True, int8=True, length=(200, 30))
+  arrays, options = _case(time=6, tree=PARENTS, int8=True, length=(200, 30))
   params = pltpu.InterpretParams(detect_races=True)
   interpreted = functools.partial(mosaic_tpu.attention, interpret=params)
   with pytest.MonkeyPatch.context() as patch:

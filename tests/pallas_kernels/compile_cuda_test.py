@@ -1,0 +1,107 @@
+"""Every Hopper kernel through the real compiler of an H200, without a GPU.
+
+Prints registers and spills of each: python -m pytest -m aot -s (make test-aot).
+What does not fit in shared memory fails to lower. The assembler reports on
+standard error, and only if it was asked before the process began: this module,
+run as a program, is the process that compiles.
+"""
+
+import functools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+from jax import sharding
+from jax.experimental import topologies
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.attention import api as attention
+from pallas_kernels.int8_matmul import api as int8_matmul
+from tests.pallas_kernels import hopper
+
+pytestmark = pytest.mark.aot
+
+HERE = pathlib.Path(__file__).parent
+
+
+def _attention(dtype, size, heads, kv_heads, width, **options):
+  shape = lambda n: ((2, size, n, width), dtype)
+  run = functools.partial(
+    attention.attention, implementation='mosaic_gpu', **options
+  )
+  return run, [shape(heads), shape(kv_heads), shape(kv_heads)]
+
+
+def _int8(dtype, m, k, n):
+  run = functools.partial(
+    int8_matmul.int8_matmul, implementation='mosaic_gpu', out_dtype=dtype
+  )
+  return run, [((m, k), dtype), ((k, n), jnp.int8), ((n,), jnp.float32)]
+
+
+CASES = {
+  'attention, bf16, causal, width 128': _attention(
+    jnp.bfloat16, 4096, 16, 16, 128, causal=True
+  ),
+  'attention, bf16, grouped, width 64': _attention(
+    jnp.bfloat16, 4096, 9, 3, 64, causal=True
+  ),
+  'attention, f16, not causal': _attention(jnp.float16, 1000, 8, 8, 128),
+  'attention, window, softcap': _attention(
+    jnp.bfloat16, 4096, 8, 4, 128, causal=True, window=700, softcap=50.0
+  ),
+  'int8, bf16, 8192^3': _int8(jnp.bfloat16, 8192, 8192, 8192),
+  'int8, f32, odd sizes': _int8(jnp.float32, 33, 1000, 130),
+}
+
+
+def compile_all():
+  """Compiles each case, with its name before what the assembler says."""
+  topology = topologies.get_topology_desc(
+    platform='cuda',
+    target_config=(HERE / 'h200.txtpb').read_text(),
+    topology='1x1x1',
+  )
+  single = sharding.SingleDeviceSharding(topology.devices[0])
+  for name, (run, shapes) in CASES.items():
+    print(f'case: {name}', file=sys.stderr, flush=True)
+    arrays = [jax.ShapeDtypeStruct(*shape, sharding=single) for shape in shapes]
+    with hopper.described():
+      jax.jit(run).lower(*arrays).compile()
+
+
+@pytest.fixture(scope='module')
+def reports():
+  """What the assembler said of each case."""
+  pytest.importorskip('jax_cuda13_plugin', reason='make test-aot installs it')
+  asked = {'JAX_PLATFORMS': 'cpu', 'MOSAIC_GPU_DUMP_PTXAS': '1'}
+  child = subprocess.run(
+    [sys.executable, '-m', 'tests.pallas_kernels.compile_cuda_test'],
+    cwd=HERE.parents[1],
+    env=os.environ | asked,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    timeout=900,
+  )
+  assert child.returncode == 0, child.stdout[-2000:]
+  parts = re.split(r'^case: (.*)$', child.stdout, flags=re.M)
+  return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_it_compiles_without_spills(reports, case):
+  registers = re.findall(r'Used (\d+) registers', reports[case])
+  spills = re.findall(r'(\d+) bytes spill (?:stores|loads)', reports[case])
+  print(f'\n{"H200":12} {case:42} {registers} registers, spills {spills}')
+  assert registers
+  assert len(spills) == 2 * len(registers)
+  assert set(spills) == {'0'}
+
+
+if __name__ == '__main__':
+  compile_all()
