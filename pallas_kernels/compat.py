@@ -11,8 +11,7 @@ def transposed(ref):
   return plgpu.transpose_ref(ref, (1, 0))
 
 
-def load(ref, layout):
+def load(ref, layout, optimized=True):
   """The values of a Mosaic GPU reference in a layout of registers."""
-  if jax.__version_info__ >= (0, 11):
-    return plgpu.load(ref, layout=layout)
-  return plgpu.load(ref, (), layout=layout)
+  index = () if jax.__version_info__ >= (0, 11) else ((),)
+  return plgpu.load(ref, *index, layout=layout, optimized=optimized)

@@ -84,9 +84,9 @@ def forward(
       jax.ShapeDtypeStruct((batch, heads, q.shape[1]), jnp.float32),
     ],
     scratch_types=[
-      _tiled((_COMPUTING, ROWS, width), q.dtype),
-      _tiled((STEPS, COLUMNS, width), q.dtype),
-      _tiled((STEPS, COLUMNS, width), q.dtype),
+      tiled((_COMPUTING, ROWS, width), q.dtype),
+      tiled((STEPS, COLUMNS, width), q.dtype),
+      tiled((STEPS, COLUMNS, width), q.dtype),
       plgpu.SMEM((_COMPUTING, ROWS), jnp.float32),
       plgpu.Barrier(num_barriers=_COMPUTING),
       plgpu.Barrier(num_barriers=STEPS),
@@ -94,7 +94,7 @@ def forward(
       plgpu.Barrier(num_arrivals=_COMPUTING, num_barriers=STEPS),
       plgpu.Barrier(num_arrivals=_COMPUTING, num_barriers=STEPS),
       # The interpreter multiplies from shared memory only.
-      *[_tiled((_COMPUTING, ROWS, COLUMNS), q.dtype)] * bool(interpret),
+      *[tiled((_COMPUTING, ROWS, COLUMNS), q.dtype)] * bool(interpret),
     ],
     grid=grid,
     grid_names=('head', 'row', 'batch'),
@@ -189,7 +189,7 @@ def _kernel(
 
       scores = pl.run_scoped(score, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
       plgpu.barrier_arrive(k_used.at[slot])
-      scores = _scaled(rule, scores)
+      scores = scaled(rule, scores)
       if masked:
         iota = lambda axis: plgpu.broadcasted_iota(
           jnp.int32, (ROWS, COLUMNS), axis, layout=plgpu.Layout.WGMMA
@@ -275,7 +275,7 @@ def _ranges(rule, position, count, length):
   return low, whole_low, jnp.clip(down(whole_high), whole_low, high), high
 
 
-def _scaled(rule, scores):
+def scaled(rule, scores):
   """Scores to the base 2: exp(s) = exp2(s log2(e))."""
   log2e = math.log2(math.e)
   if rule.softcap is None:
@@ -296,9 +296,10 @@ def _seen(rule, position, key, length):
   return seen
 
 
-def _tiled(shape, dtype):
+def tiled(shape, dtype):
   """Shared memory in the layout that TMA writes and wgmma reads."""
-  transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+  items = 128 // jnp.dtype(dtype).itemsize  # of the 128 bytes that are swizzled
+  transforms = plgpu.TilingTransform((8, items)), plgpu.SwizzleTransform(128)
   return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 

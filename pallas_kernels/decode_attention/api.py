@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels import masks
 from pallas_kernels.decode_attention import blockwise
+from pallas_kernels.decode_attention import mosaic_gpu
 from pallas_kernels.decode_attention import mosaic_tpu
 from pallas_kernels.decode_attention import reference
 
@@ -20,6 +21,7 @@ IMPLEMENTATIONS = {
   'reference': reference.attention,
   'blockwise': blockwise.attention,
   'mosaic_tpu': mosaic_tpu.attention,
+  'mosaic_gpu': mosaic_gpu.attention,
 }
 
 
@@ -35,7 +37,7 @@ def decode_attention(
   window: int | None = None,
   softcap: float | None = None,
   scale: float | None = None,
-  splits: int = 1,
+  splits: int | None = None,
   implementation: dispatch.Implementation = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention over a cache and its log-sum-exp; not differentiable.
@@ -61,9 +63,10 @@ def decode_attention(
     softcap: c replaces scores by `c tanh(s / c)` (arXiv 2408.00118).
     scale: Factor of the scores; None is `D ** -0.5`.
     splits: Parts of the cache that are worked on apart and merged, for devices
-      with more cores than there are rows and key heads.
-    implementation: See `dispatch`: 'reference', 'blockwise', 'mosaic_tpu', or
-      None.
+      with more cores than there are rows and key heads; None is the
+      implementation's choice.
+    implementation: See `dispatch`: 'reference', 'blockwise', 'mosaic_tpu',
+      'mosaic_gpu', or None.
 
   Returns:
     Out [B, T, H, Dv] in the dtype of q and log-sum-exp [B, H, T] float32.

@@ -29,7 +29,7 @@ BLOCK = 128  # slots read at a time; a row of them stays in the cache of a core
 
 def attention(
   rule: masks.Rule,
-  splits: int,
+  splits: int | None,
   q: jax.Array,  # [B, T, H, D]
   k: jax.Array,  # [B, K, S, D]
   v: jax.Array,  # [B, K, S, Dv]
@@ -84,6 +84,7 @@ def attention(
     )
     return new, total, out * shrink + gained
 
+  splits = splits or 1
   low, high = masks.key_range(rule, limits, jnp.int32(0), time, slots)
   low, high = low // block, -(-high // block)
 

@@ -39,7 +39,7 @@ _ROWS = 16  # a multiple for both float32 and bfloat16
 
 def attention(
   rule: masks.Rule,
-  splits: int,
+  splits: int | None,
   q: jax.Array,  # [B, T, H, D]
   k: jax.Array,  # [B, K, S, D]
   v: jax.Array,  # [B, K, S, Dv]
@@ -59,6 +59,7 @@ def attention(
   """
   batch, time, heads, width = q.shape
   kv_heads, slots = k.shape[1:3]
+  splits = splits or 1  # a TPU's core takes one after the other
   if q.dtype not in (jnp.float32, jnp.bfloat16):
     raise NotImplementedError(f'{q.dtype} is not a dtype of this kernel.')
   if time > _LANES:

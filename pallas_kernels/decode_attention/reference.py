@@ -9,7 +9,7 @@ from pallas_kernels.attention import reference
 
 def attention(
   rule: masks.Rule,
-  splits: int,
+  splits: int | None,
   q: jax.Array,  # [B, T, H, D]
   k: jax.Array,  # [B, K, S, D]
   v: jax.Array,  # [B, K, S, Dv]

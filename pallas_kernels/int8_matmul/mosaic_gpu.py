@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels import compat
+from pallas_kernels.attention import mosaic_gpu as flash
 from pallas_kernels.int8_matmul import reference
 
 ROWS = 64  # of a computing warpgroup: the height of a wgmma
@@ -65,14 +66,6 @@ def int8_matmul(
   w = jnp.pad(w.T, ((0, up(n, COLUMNS)), (0, up(k, DEPTH))))
   x_scales = jnp.pad(x_scales, (0, up(m, rows)))
   w_scales = jnp.pad(w_scales, (0, up(n, COLUMNS)))
-  tiled = lambda shape, dtype: plgpu.SMEM(
-    shape,
-    dtype,
-    transforms=(
-      plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)),
-      plgpu.SwizzleTransform(128),
-    ),
-  )
   ring = lambda arrivals: plgpu.Barrier(
     num_arrivals=arrivals, num_barriers=STEPS
   )
@@ -80,12 +73,12 @@ def int8_matmul(
     _kernel,
     out_type=jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), out_dtype),
     scratch_types=[
-      tiled((STEPS, rows, DEPTH), jnp.int8),
-      tiled((STEPS, COLUMNS, DEPTH), jnp.int8),
+      flash.tiled((STEPS, rows, DEPTH), jnp.int8),
+      flash.tiled((STEPS, COLUMNS, DEPTH), jnp.int8),
       plgpu.SMEM((rows,), jnp.float32),
       plgpu.SMEM((COLUMNS,), jnp.float32),
       # Part of a result at a time: all of it would not fit beside the ring.
-      tiled(
+      flash.tiled(
         (_COMPUTING, ROWS, 128 // jnp.dtype(out_dtype).itemsize), out_dtype
       ),
       ring(2),

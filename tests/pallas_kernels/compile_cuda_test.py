@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.attention import api as attention
+from pallas_kernels.decode_attention import api as decode_attention
 from pallas_kernels.int8_matmul import api as int8_matmul
 from tests.pallas_kernels import hopper
 
@@ -34,6 +35,15 @@ def _attention(dtype, size, heads, kv_heads, width, **options):
     attention.attention, implementation='mosaic_gpu', **options
   )
   return run, [shape(heads), shape(kv_heads), shape(kv_heads)]
+
+
+def _decode(dtype, time, slots, heads, kv_heads, width, batch=4, **options):
+  cache = ((batch, kv_heads, slots, width), dtype)
+  run = functools.partial(
+    decode_attention.decode_attention, implementation='mosaic_gpu', **options
+  )
+  shapes = [((batch, time, heads, width), dtype), cache, cache]
+  return run, [*shapes, ((batch,), jnp.int32)]
 
 
 def _int8(dtype, m, k, n):
@@ -53,6 +63,13 @@ CASES = {
   'attention, f16, not causal': _attention(jnp.float16, 1000, 8, 8, 128),
   'attention, window, softcap': _attention(
     jnp.bfloat16, 4096, 8, 4, 128, causal=True, window=700, softcap=50.0
+  ),
+  'decode, bf16, one query': _decode(jnp.bfloat16, 1, 8192, 32, 8, 128),
+  'decode, bf16, tree of 64': _decode(
+    jnp.bfloat16, 64, 8192, 32, 8, 128, ancestors=jnp.eye(64, dtype=bool)
+  ),
+  'decode, f16, window, width 64': _decode(
+    jnp.float16, 4, 8192, 9, 3, 64, batch=1, window=4096
   ),
   'int8, bf16, 8192^3': _int8(jnp.bfloat16, 8192, 8192, 8192),
   'int8, f32, odd sizes': _int8(jnp.float32, 33, 1000, 130),

@@ -208,6 +208,17 @@ def test_what_unseen_slots_hold_does_not_matter(name, bad):
 
 
 @pytest.mark.parametrize('name', RUNNABLE)
+def test_what_unseen_scales_hold_does_not_matter(name):
+  arrays, options = _case(int8=True, length=(201, 0))
+  clean = _run(name, arrays, options)
+  unseen = jnp.arange(256)[None] >= arrays[3][:, None]
+  for scales in ('k_scales', 'v_scales'):
+    options[scales] = jnp.where(unseen[:, None], jnp.nan, options[scales])
+  for got, right in zip(_run(name, arrays, options), clean):
+    np.testing.assert_array_equal(got, right)
+
+
+@pytest.mark.parametrize('name', RUNNABLE)
 def test_a_chain_is_the_tree_whose_tokens_are_each_others_children(name):
   arrays, _ = _case(time=6)
   chain = _run(name, arrays, {})
