@@ -15,6 +15,7 @@ import pytest
 from pallas_kernels.attention import api as attention
 from pallas_kernels.binary_matmul import api as binary_matmul
 from pallas_kernels.decode_attention import api as decode_attention
+from pallas_kernels.dequant_matmul import api as dequant_matmul
 from pallas_kernels.int8_matmul import api as int8_matmul
 
 pytestmark = pytest.mark.aot
@@ -74,6 +75,22 @@ def _binary(m, k, n):
   return run, [((m, words), jnp.uint32), ((n, words), jnp.uint32)]
 
 
+def _dequant(dtype, m, k, n, *, bits=4, group=64, codebook=False):
+  run = functools.partial(
+    dequant_matmul.dequant_matmul, implementation='mosaic_tpu'
+  )
+  values = ((k, n), jnp.int8) if bits == 8 else ((k // 2, n), jnp.uint8)
+  weight = [values, ((k // group, n), jnp.float32)]
+  if codebook:
+    weight.append(((16,), jnp.float32))
+  return run, [((m, k), dtype), *weight]
+
+
+def _dequant_backward(*args, **options):
+  run, shapes = _dequant(*args, **options)
+  return jax.grad(lambda *arrays: jnp.square(run(*arrays)).sum()), shapes
+
+
 CASES = {
   'attention, bf16, width 128': _attention(
     jnp.bfloat16, 4096, 8, 8, 128, causal=True
@@ -101,6 +118,39 @@ CASES = {
   'int8, odd sizes': _int8(jnp.float32, 33, 1000, 130),
   'binary 1024^3': _binary(1024, 1024, 1024),
   'binary, odd sizes': _binary(33, 1000, 130),
+  'dequant, NF4, one bf16 row': _dequant(
+    jnp.bfloat16, 1, 576, 49152, codebook=True
+  ),
+  'dequant, NF4, 1024 bf16 rows': _dequant(
+    jnp.bfloat16, 1024, 4096, 4096, codebook=True
+  ),
+  'dequant, NF4, gradient, f32': _dequant_backward(
+    jnp.float32, 300, 1536, 576, codebook=True
+  ),
+  'dequant, NF4, gradient, bf16': _dequant_backward(
+    jnp.bfloat16, 1024, 4096, 4096, codebook=True
+  ),
+  'dequant, int4, groups of 32, f32': _dequant(
+    jnp.float32, 128, 1536, 576, group=32
+  ),
+  'dequant, int4, groups of 128, gradient': _dequant_backward(
+    jnp.bfloat16, 8, 4096, 1000, group=128
+  ),
+  'dequant, int4, groups of 2048': _dequant(
+    jnp.bfloat16, 8, 4096, 1000, group=2048
+  ),
+  'dequant, int4, a scale a column': _dequant(
+    jnp.bfloat16, 256, 11008, 4096, group=11008
+  ),
+  'dequant, int8, a scale a column, odd sizes': _dequant(
+    jnp.float32, 33, 1000, 130, bits=8, group=1000
+  ),
+  'dequant, int8, groups of 40, gradient': _dequant_backward(
+    jnp.bfloat16, 33, 2000, 700, bits=8, group=40
+  ),
+  'dequant, int8, bf16 rows': _dequant(
+    jnp.bfloat16, 1024, 4096, 4096, bits=8, group=4096
+  ),
 }
 
 
