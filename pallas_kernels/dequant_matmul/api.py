@@ -122,7 +122,7 @@ _product.defvjp(_keep, _pull_back)
 
 
 def _alike_in_shards(*arrays):
-  """Inside `shard_map`, marks all as varying over the axes that any varies over.
+  """Inside `shard_map`, marks all as varying over what any of them varies over.
 
   So that the gradient of an x that devices share, each with its own columns of
   w, is summed over the devices: JAX does that for the mark, and cannot know it

@@ -1,6 +1,6 @@
 """How weights of 8 and 4 bits are stored, and the simplest way to make them.
 
-    w_kn = value(q_kn) s_gn,    g = k // G          G consecutive k share a scale
+    w_kn = value(q_kn) s_gn,    g = k // G         G consecutive k share a scale
 
     int8   q in -127 .. 127 is the value           s = max |w| / 127
     int4   q in -7 .. 7 is the value               s = max |w| / 7
@@ -89,9 +89,10 @@ def pack_int4(values: jax.Array) -> jax.Array:
     raise ValueError(
       f'values have {rows} rows; right is a multiple of {BLOCK}.'
     )
-  nibbles = (values.astype(jnp.int32) & 15).reshape(-1, 2, HALF, columns)
+  nibbles = values.astype(jnp.int32) & 15
+  nibbles = nibbles.reshape(rows // BLOCK, 2, HALF, columns)
   packed = nibbles[:, 0] | nibbles[:, 1] << 4
-  return packed.astype(jnp.uint8).reshape(-1, columns)
+  return packed.astype(jnp.uint8).reshape(rows // 2, columns)
 
 
 def halves(packed: jax.Array, *, signed: bool) -> tuple[jax.Array, jax.Array]:
@@ -108,11 +109,12 @@ def halves(packed: jax.Array, *, signed: bool) -> tuple[jax.Array, jax.Array]:
 
 def unpack_int4(packed: jax.Array, *, signed: bool) -> jax.Array:
   """What `pack_int4` packed: [K / 2, N] uint8 to [K, N] int32."""
-  columns = packed.shape[1]
+  rows, columns = packed.shape
   low, high = (
-    half.reshape(-1, HALF, columns) for half in halves(packed, signed=signed)
+    half.reshape(rows // HALF, HALF, columns)
+    for half in halves(packed, signed=signed)
   )
-  return jnp.concatenate([low, high], axis=1).reshape(-1, columns)
+  return jnp.concatenate([low, high], axis=1).reshape(2 * rows, columns)
 
 
 def quantize_int8(w: jax.Array, group: int | None = None) -> Quantized:
@@ -152,7 +154,7 @@ def _groups(w, group: int, largest: int):
   rows, columns = w.shape
   if group < 1 or rows % group:
     raise ValueError(f'group is {group}, and does not divide the {rows} rows.')
-  groups = w.astype(jnp.float32).reshape(-1, group, columns)
+  groups = w.astype(jnp.float32).reshape(rows // group, group, columns)
   # A product, because compilers replace the division by a constant with one,
   # and then a compiled program would round otherwise than single operations.
   scales = jnp.abs(groups).max(1) * (1 / largest)

@@ -16,9 +16,10 @@ def dequantize(
     values = formats.unpack_int4(values, signed=codebook is None)
   if codebook is not None:
     values = jnp.take(codebook, values, axis=0)
-  groups, columns = scales.shape
-  values = values.astype(jnp.float32).reshape(groups, -1, columns)
-  return (values * scales[:, None]).reshape(-1, columns)
+  # Not -1, which stands for no number where there are no columns.
+  groups, shape = len(scales), values.shape
+  values = values.reshape(groups, shape[0] // groups, shape[1])
+  return (values.astype(jnp.float32) * scales[:, None]).reshape(shape)
 
 
 def dequant_matmul(
