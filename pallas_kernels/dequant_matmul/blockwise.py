@@ -34,12 +34,11 @@ def dequant_matmul(
   out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
   """x @ w [M, N], or x @ w' [M, K]; see `api`."""
-  rows, n = x.shape[0], values.shape[1]
-  packed = values.dtype == jnp.uint8
-  if rows == 1 and x.dtype != jnp.float32:
-    # On a CPU XLA turns a narrow one-row product into a matrix-vector product
-    # that first widens its matrix; not if there are two rows.
-    x = jnp.concatenate([x, x])
+  n, packed = values.shape[1], values.dtype == jnp.uint8
+  if len(x) == 1:
+    # On a CPU XLA turns a one-row product into a matrix-vector product that
+    # first widens a narrow matrix. So the block is never made narrow.
+    x = x.astype(jnp.float32)
   width = max(1, BLOCK // (values.shape[0] * (2 if packed else 1)) // _UNIT)
   width = min(n, width * _UNIT)
   count = -(-n // width)
@@ -62,12 +61,13 @@ def dequant_matmul(
     out = _loop(count - 1, step, last)
     out = _whole(*out) if packed else out[0]
   else:
+    # All in float32: XLA on a CPU widens the whole of a narrow array to put a
+    # block into it.
     step = lambda i, out: lax.dynamic_update_slice_in_dim(
-      out, product(i * width, width).astype(out_dtype), i * width, 1
+      out, product(i * width, width), i * width, 1
     )
-    last = last.astype(out_dtype)
     out = _loop(count - 1, step, jnp.pad(last, ((0, 0), (start, 0))))
-  return out[:rows].astype(out_dtype)
+  return out.astype(out_dtype)
 
 
 def _loop(count, step, out):
