@@ -48,6 +48,10 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     if tiny
     else ((1, 576, 49152), (256, 576, 1536), (256, 576, 49152))
   )
+  config.products_of_weights = ('blockwise',)
+  config.dequant = (
+    ((1, 64, 48),) if tiny else ((1, 576, 49152), (128, 576, 1536))
+  )
   config.binary = (
     ((8, 64, 48),) if tiny else ((1024, 1024, 1024), (1, 576, 49152))
   )

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from pallas_kernels import roofline
 from pallas_kernels.attention import api as attention_api
 from pallas_kernels.binary_matmul import api as binary_matmul
 from pallas_kernels.decode_attention import api as decode_api
+from pallas_kernels.dequant_matmul import api as dequant_matmul
+from pallas_kernels.dequant_matmul import formats
 from pallas_kernels.int8_matmul import api as int8_matmul
 
 TILE = (256, 256)  # of block-sparse attention
@@ -27,6 +30,7 @@ NAMES = {
   'attention': (*baselines.ATTENTION, *attention_api.IMPLEMENTATIONS),
   'decode': tuple(decode_api.IMPLEMENTATIONS),
   'products': tuple(int8_matmul.IMPLEMENTATIONS),
+  'products_of_weights': tuple(dequant_matmul.IMPLEMENTATIONS),
 }
 
 
@@ -64,6 +68,7 @@ def cases(config: ml_collections.ConfigDict) -> Iterator[Case]:
   yield from _attention(config)
   yield from _decode(config)
   yield from _int8(config)
+  yield from _dequant(config)
   yield from _binary(config)
 
 
@@ -200,6 +205,41 @@ def _int8(config: ml_collections.ConfigDict) -> Iterator[Case]:
 def _int8_weights(x, w):
   values, scales = int8_matmul.quantize_rows(w.T)
   return x, values.T, scales
+
+
+def _dequant(config: ml_collections.ConfigDict) -> Iterator[Case]:
+  """Weights alone in eight and four bits."""
+  for m, k, n in config.dequant:
+    bits = 8 * jnp.dtype(config.dtype).itemsize
+    matmul = functools.partial(roofline.matmul, m, n, k, x_bits=bits)
+    candidates = {config.dtype: compiled(jnp.matmul)}
+    needed = {config.dtype: matmul(w_bits=bits)}
+    for (name, (quantize, stored)), implementation in itertools.product(
+      _FORMATS.items(), config.products_of_weights
+    ):
+      ours = functools.partial(
+        dequant_matmul.dequant_matmul, implementation=implementation
+      )
+      convert = lambda x, w, quantize=quantize: (x, *quantize(w))
+      label = f'{name}, {implementation}'
+      candidates[label] = compiled(ours, convert)
+      needed[label] = matmul(w_bits=stored)
+    yield Case(
+      operation='product with quantized weights',
+      size=m,
+      shapes=((m, k), (k, n)),
+      candidates=candidates,
+      work=needed,
+      dtype=config.dtype,
+    )
+
+
+# How to store a weight, and the bits of one with its share of a float32 scale.
+_FORMATS = {
+  'int8': (formats.quantize_int8, 8),
+  'int4': (functools.partial(formats.quantize_int4, group=64), 4.5),
+  'nf4': (formats.quantize_nf4, 4.5),
+}
 
 
 def _binary(config: ml_collections.ConfigDict) -> Iterator[Case]:
