@@ -1,6 +1,7 @@
 """The figures that experiments draw."""
 
 from collections.abc import Mapping, Sequence
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from experiments import display
@@ -8,7 +9,16 @@ from experiments import display
 if TYPE_CHECKING:
   from matplotlib import figure as figures
 
-_COLOURS = ('#1f6fb4', '#d1602f', '#3a8f5b', '#8a5bb0')
+_COLOURS = (
+  '#1f6fb4',
+  '#d1602f',
+  '#3a8f5b',
+  '#8a5bb0',
+  '#222222',
+  '#c2a02c',
+  '#2aa7a7',
+  '#c24e8a',
+)
 
 
 def speedup_by_length(
@@ -144,6 +154,8 @@ def speeds(rows: Sequence[Mapping[str, Any]]) -> 'figures.Figure':
 def kernels(rows: Sequence[Mapping[str, Any]]) -> 'figures.Figure':
   """Time and memory against sequence length, two panels an operation."""
   operations = list(dict.fromkeys(row['operation'] for row in rows))
+  all_names = dict.fromkeys(row['implementation'] for row in rows)
+  colours = dict(zip(all_names, itertools.cycle(_COLOURS)))
   figure, axes = display.figure(
     width=4.2 * len(operations) + 0.6,
     height=6.4,
@@ -155,12 +167,16 @@ def kernels(rows: Sequence[Mapping[str, Any]]) -> 'figures.Figure':
   for column, operation in enumerate(operations):
     mine = [row for row in rows if row['operation'] == operation]
     names = list(dict.fromkeys(row['implementation'] for row in mine))
-    for name, colour in zip(names, _COLOURS * len(names)):
+    for name in names:
       points = [row for row in mine if row['implementation'] == name]
       sizes = [row['sequence_length'] for row in points]
       for line, field in enumerate(('milliseconds', 'peak_megabytes')):
         axes[line, column].loglog(
-          sizes, [row[field] for row in points], 'o-', color=colour, label=name
+          sizes,
+          [row[field] for row in points],
+          'o-',
+          color=colours[name],
+          label=name,
         )
     sizes = sorted({row['sequence_length'] for row in mine})
     axes[0, column].set_title(operation, fontsize=10)
@@ -173,5 +189,8 @@ def kernels(rows: Sequence[Mapping[str, Any]]) -> 'figures.Figure':
   axes[0, 0].set_ylabel('milliseconds')
   axes[1, 0].set_ylabel('MB of scratch and outputs')
   for axis in axes.flat:
+    axis.yaxis.get_major_locator().set_params(subs=(1, 3))
+    axis.yaxis.set_major_formatter('{x:g}')
+    axis.yaxis.set_minor_formatter('')
     axis.spines[['top', 'right']].set_visible(False)
   return figure

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.short
 
 CASES = {
   'plain': {},
-  'causal, grouped': {'causal': True, 'heads': (2, 1)},
+  'causal, grouped': {'causal': True, 'heads': (4, 2)},
   'more keys': {'causal': True, 'sizes': (70, 300), 'offset': 230},
   'lengths, one of zero': {'kv_length': (129, 0), 'causal': True},
   'negative offset': {'causal': True, 'offset': -70, 'sizes': (140, 90)},
