@@ -12,7 +12,7 @@ from efficiency_jax.types import Params
 
 # Tokens a forward pass takes at a time. Few widths, so that every prompt length
 # of a bucket runs the same compiled program: long prompts walk in wide chunks,
-# whose products and attention are faster a token, and end in narrow ones.
+# which are faster a token once attention is long, and end in narrow ones.
 WIDE = 512
 CHUNK = 64
 
@@ -56,7 +56,7 @@ def prefill(
 
   end = length.max() - 1
   carry = jnp.int32(0), cache
-  if padded >= WIDE:
+  if padded >= 2 * WIDE:
     carry = walk(WIDE, end // WIDE * WIDE, carry)
   _, cache = walk(CHUNK, end, carry)
   return cache._replace(length=length - 1)

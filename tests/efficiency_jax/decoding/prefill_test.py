@@ -19,12 +19,12 @@ def test_slots_are_whole_chunks():
   assert prefill.slots_for(chunk + 1) == 2 * chunk
 
 
-@pytest.mark.parametrize('wide', [8, 100])
+@pytest.mark.parametrize(('chunk', 'wide'), [(4, 100), (2, 4)])
 @pytest.mark.parametrize('longest', [1, 4, 5, 9, 10])
-def test_the_cache_holds_all_but_the_last_token(monkeypatch, longest, wide):
-  monkeypatch.setattr(prefill, 'CHUNK', 4)
+def test_the_cache_holds_all_but_the_last_token(monkeypatch, longest, chunk, wide):
+  monkeypatch.setattr(prefill, 'CHUNK', chunk)
   monkeypatch.setattr(prefill, 'WIDE', wide)
-  monkeypatch.setattr(attention, 'FEW_QUERIES', 4)
+  monkeypatch.setattr(attention, 'FEW_QUERIES', 2)
   config = fixtures.every_option()
   params, apply = fixtures.params(config), transformer.apply_fn(config)
   rng = np.random.default_rng(0)
