@@ -45,6 +45,14 @@ class Tiles:
       array[row, list(kept)] = True
     return array
 
+  def padded(self, fill: int) -> np.ndarray:
+    """The kept columns, [rows, n] int32, each row filled up with `fill`."""
+    longest = max(1, max(map(len, self.kept)))
+    array = np.full((len(self.kept), longest), fill, np.int32)
+    for row, kept in enumerate(self.kept):
+      array[row, : len(kept)] = kept
+    return array
+
   def density(self, columns: int) -> float:
     """Share of the tiles that are kept."""
     return sum(map(len, self.kept)) / (len(self.kept) * columns)
@@ -79,6 +87,25 @@ class Limits(NamedTuple):
   ancestors: jax.Array | None = None  # [B, Sq, Sq] bool, each its own ancestor
 
 
+def between(
+  rule: Rule,
+  kv_length: jax.Array,
+  first: jax.Array,
+  last: jax.Array,
+  keys: jax.Array,
+) -> jax.Array:
+  """Whether a query at a position `first .. last` sees each key, segments and
+  tiles aside. The shapes broadcast; it may be called inside a kernel."""
+  seen = keys < kv_length
+  if rule.causal:
+    seen &= keys <= last
+  if rule.window is not None:
+    seen &= keys > first - rule.window
+    if not rule.causal:
+      seen &= keys < last + rule.window
+  return seen
+
+
 def visible(
   rule: Rule,
   limits: Limits,
@@ -87,11 +114,10 @@ def visible(
 ) -> jax.Array:
   """Which of the keys each of the queries sees, tiles aside: [B, n, m] bool."""
   i, j = queries[None, :, None], keys[None, None, :]
-  offset = limits.offset[:, None, None]
+  offset, length = (x[:, None, None] for x in limits[:2])
   position, key_position = i + offset, j
   seen = jnp.broadcast_to(
-    j < limits.kv_length[:, None, None],
-    jnp.broadcast_shapes(position.shape, j.shape),
+    j < length, jnp.broadcast_shapes(position.shape, j.shape)
   )
   if limits.ancestors is not None:
     depth = limits.ancestors.sum(-1, dtype=jnp.int32) - 1
@@ -103,12 +129,8 @@ def visible(
     ancestors = jnp.take(limits.ancestors, queries, axis=1)
     ancestor = jnp.take_along_axis(ancestors, node, axis=2)
     seen &= ~in_tree | (ancestor & (j - offset < depth.shape[1]))
-  if rule.causal:
-    seen &= key_position <= position
-  if rule.window is not None:
-    seen &= key_position > position - rule.window
-    if not rule.causal:
-      seen &= key_position < position + rule.window
+  # No node is deeper than its index, so this hides no key within the length.
+  seen &= between(rule, length, position, position, key_position)
   if limits.q_segments is not None:
     of_query = jnp.take(limits.q_segments, queries, axis=1, mode='clip')
     of_key = jnp.take(limits.kv_segments, keys, axis=1, mode='clip')
@@ -137,12 +159,46 @@ def key_range(
   kv_size: int,
 ) -> tuple[jax.Array, jax.Array]:
   """Keys `low .. high - 1` hold all that a tile of queries sees, in any row."""
-  low, high = jnp.int32(0), limits.kv_length.max()
+  low, high = keys_of(rule, *limits[:2], first, first + size - 1, kv_size)
+  return low.min(), high.max()
+
+
+def keys_of(
+  rule: Rule,
+  offset: jax.Array,
+  kv_length: jax.Array,
+  first: jax.Array,
+  last: jax.Array,
+  kv_size: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Keys `low .. high - 1` hold all that the queries `first .. last` see; there
+  are none where `low >= high`. The shapes broadcast."""
+  low, high = 0 * (first + offset), kv_length + 0 * last
   if rule.causal:
-    high = jnp.minimum(high, first + size + limits.offset.max())
+    high = jnp.minimum(high, last + offset + 1)
   if rule.window is not None:
-    low = jnp.maximum(low, first + limits.offset.min() - rule.window + 1)
+    low = jnp.maximum(low, first + offset - rule.window + 1)
     if not rule.causal:
-      last = first + size - 1 + limits.offset.max()
-      high = jnp.minimum(high, last + rule.window)
+      high = jnp.minimum(high, last + offset + rule.window)
   return low, jnp.clip(high, 0, kv_size)
+
+
+def queries_of(
+  rule: Rule,
+  offset: jax.Array,
+  kv_length: jax.Array,
+  first: jax.Array,
+  last: jax.Array,
+  q_size: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Queries `low .. high - 1` hold all that see a key of `first .. last`; there
+  are none where `low >= high`. The shapes broadcast."""
+  last = jnp.minimum(last, kv_length - 1)
+  low, high = 0 * (first + offset), q_size + 0 * (last + offset)
+  if rule.causal:
+    low = jnp.maximum(low, first - offset)
+  if rule.window is not None:
+    high = jnp.minimum(high, last - offset + rule.window)
+    if not rule.causal:
+      low = jnp.maximum(low, first - offset - rule.window + 1)
+  return low, jnp.clip(jnp.where(first <= last, high, 0), 0, q_size)

@@ -29,7 +29,6 @@ from typing import NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import masks
 
@@ -55,11 +54,9 @@ def _plan(rule: masks.Rule, q_size: int, kv_size: int, tile) -> _Plan:
   count = (-(-q_size // size[0]), -(-kv_size // size[1]))
   if rule.tiles is None:
     return _Plan(size, count, None, None)
-  kept = [len(row) for row in rule.tiles.kept]
-  columns = np.zeros((count[0], max(1, max(kept))), np.int32)
-  for row, tiles in enumerate(rule.tiles.kept):
-    columns[row, : len(tiles)] = tiles
-  return _Plan(size, count, jnp.asarray(columns), jnp.asarray(kept, jnp.int32))
+  columns = jnp.asarray(rule.tiles.padded(0))
+  kept = jnp.asarray([len(row) for row in rule.tiles.kept], jnp.int32)
+  return _Plan(size, count, columns, kept)
 
 
 def _column_loop(rule, limits, plan: _Plan, row, kv_size: int, body, carry):
@@ -78,10 +75,12 @@ def _column_loop(rule, limits, plan: _Plan, row, kv_size: int, body, carry):
   return lax.fori_loop(0, plan.kept[row], listed, carry)
 
 
-def _tile_scores(rule, limits, plan, row, column, q_tile, k_tile):
+def _tile_scores(rule, limits, plan, row, column, q_tile, k_tile, q_size):
   """Scores [B, K, G, n, m] float32 of a tile, -inf where nothing is seen, and
   which of the keys any query sees [B, 1, m, 1]."""
   queries = row * plan.size[0] + jnp.arange(plan.size[0])
+  # Those of the padding see no more than the last query does.
+  queries = jnp.minimum(queries, q_size - 1)
   keys = column * plan.size[1] + jnp.arange(plan.size[1])
   seen = masks.visible(rule, limits, queries, keys)
   scores = jnp.einsum(
@@ -115,7 +114,7 @@ def forward(
       largest, total, out = carry
       k_tile, v_tile = (_columns(x, column, plan) for x in (k, v))
       scores, used = _tile_scores(
-        rule, limits, plan, row, column, q_tile, k_tile
+        rule, limits, plan, row, column, q_tile, k_tile, q_size
       )
       # What an unseen key holds must not matter, and 0 times NaN is NaN.
       v_tile = jnp.where(used, v_tile, 0)
@@ -186,7 +185,7 @@ def backward(rule, q, k, v, limits, out, lse, d_out, d_lse):
       dq, dk, dv = carry
       k_tile, v_tile = (_columns(x, column, plan) for x in (k_rows, v_rows))
       scores, used = _tile_scores(
-        rule, limits, plan, row, column, q_tile, k_tile
+        rule, limits, plan, row, column, q_tile, k_tile, q_size
       )
       k_tile, v_tile = (jnp.where(used, x, 0) for x in (k_tile, v_tile))
       weights = jnp.exp(scores - lse_tile)
@@ -221,8 +220,9 @@ def backward(rule, q, k, v, limits, out, lse, d_out, d_lse):
 
 def differentiable(
   forward: Callable[..., tuple[jax.Array, jax.Array]],
+  backward: Callable[..., tuple[jax.Array, ...]] = backward,
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """Gives an implementation of the forward pass the backward pass above.
+  """Joins a forward and a backward pass; the latter is the one above if none.
 
   `forward(rule, q, k, v, limits)` returns out [B, Sq, H, Dv] and log-sum-exp
   [B, H, Sq], which is all that the backward pass needs besides its inputs.
