@@ -116,6 +116,7 @@ def _walk(cut: Layout, limits: masks.Limits, span_of, axis: int):
     last,
     cut.lengths[across],
   )
+  high = jnp.where(low < high, high, 0)
   first, stop = low // step_size, -(-high // step_size)  # [B, lines]
   if rule.window is not None:
     # So many positions that a line of tiles sees touch at most so many tiles.

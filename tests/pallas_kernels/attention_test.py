@@ -6,16 +6,15 @@ import hypothesis
 from hypothesis import strategies as st
 import jax
 from jax import sharding
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import masks
 from pallas_kernels.attention import api
 from pallas_kernels.attention import blockwise
 from pallas_kernels.attention import mosaic_tpu
 from pallas_kernels.attention import mosaic_tpu_backward
+from tests.pallas_kernels import attention_cases as cases
 
 INTERPRETED = blockwise.differentiable(
   functools.partial(mosaic_tpu.forward, interpret=True),
@@ -46,44 +45,15 @@ CASES = {
   'wide heads': {'widths': (72, 40), 'causal': True},
   'tiles': {'tiles': ((0, 2), (1,), ()), 'sizes': (40, 41), 'causal': False},
 }
-TILE = (16, 16)
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
   """Several tiles even of small arrays; Mosaic keeps its lanes of 128."""
-  monkeypatch.setattr(blockwise, 'TILE', TILE)
-  monkeypatch.setattr(blockwise, 'BACKWARD_TILE', TILE)
+  monkeypatch.setattr(blockwise, 'TILE', cases.TILE)
+  monkeypatch.setattr(blockwise, 'BACKWARD_TILE', cases.TILE)
   monkeypatch.setattr(mosaic_tpu, 'TILE', (128, 128))
   monkeypatch.setattr(mosaic_tpu_backward, 'TILE', (128, 128))
-
-
-def _case(
-  seed=0,
-  sizes=(37, 41),
-  heads=(2, 2),
-  widths=(8, 8),
-  segments=None,
-  tiles=None,
-  dtype=jnp.float32,
-  **options,
-):
-  """Random inputs, and the options of `api.attention`."""
-  rng = np.random.default_rng(seed)
-  (n, m), (h, kh), (d, dv) = sizes, heads, widths
-  q, k, v = (
-    jnp.asarray(rng.standard_normal(shape), dtype)
-    for shape in ((2, n, h, d), (2, m, kh, d), (2, m, kh, dv))
-  )
-  for name in ('offset', 'kv_length'):
-    if isinstance(options.get(name), tuple):
-      options[name] = jnp.asarray(options[name])
-  if segments:
-    options['q_segments'] = jnp.asarray(rng.integers(0, segments, (2, n)))
-    options['kv_segments'] = jnp.asarray(rng.integers(0, segments, (2, m)))
-  if tiles is not None:
-    options['tiles'] = masks.Tiles(TILE, tiles)
-  return (q, k, v), options
 
 
 def _run(name, arrays, options):
@@ -94,131 +64,65 @@ def _run(name, arrays, options):
     return api.attention(*arrays, implementation='blockwise', **options)
 
 
-def _mask(n, m, options):
-  """The definition, one pair at a time."""
-  mask = np.zeros((2, n, m), bool)
-  get = lambda name, b: np.broadcast_to(options.get(name, 0), (2,))[b]
-  tiles = options.get('tiles')
-  for b, i, j in np.ndindex(mask.shape):
-    position = i + get('offset', b)
-    sees = 'kv_length' not in options or j < get('kv_length', b)
-    if options.get('causal'):
-      sees = sees and j <= position
-    if options.get('window'):
-      sees = sees and abs(position - j) < options['window']
-    if 'q_segments' in options:
-      same = options['q_segments'][b, i] == options['kv_segments'][b, j]
-      sees = sees and bool(same)
-    if tiles is not None:
-      sees = sees and j // TILE[1] in tiles.kept[i // TILE[0]]
-    mask[b, i, j] = sees
-  return mask
-
-
-def _exact(arrays, options, d_out=None, d_lse=None):
-  """Out, lse and the three gradients in float64, from the formulas."""
-  q, k, v = (np.asarray(x, np.float64) for x in arrays)
-  groups = q.shape[2] // k.shape[2]
-  seen = _mask(q.shape[1], k.shape[1], options)[:, None]
-  used = seen.any((1, 2))[:, :, None, None]
-  k, v = (np.where(used, x, 0).repeat(groups, 2) for x in (k, v))
-  scale = options.get('scale') or q.shape[-1] ** -0.5
-  cap = options.get('softcap')
-  scores = np.einsum('bihd,bjhd->bhij', q, k) * scale
-  if cap:
-    scores = cap * np.tanh(scores / cap)
-  weights = np.where(seen, np.exp(scores), 0)
-  total = weights.sum(-1, keepdims=True)
-  with np.errstate(divide='ignore', invalid='ignore'):
-    lse = np.log(total)[..., 0]
-    p = np.where(total > 0, weights / total, 0)
-  out = np.einsum('bhij,bjhd->bihd', p, v)
-  if d_out is None:
-    return out, lse
-  d_p = np.einsum('bihd,bjhd->bhij', d_out, v)
-  d_lse = np.where(np.isinf(lse), 0, d_lse)[..., None]
-  ds = p * (d_p - (p * d_p).sum(-1, keepdims=True) + d_lse)
-  if cap:
-    ds = ds * (1 - (scores / cap) ** 2)
-  ds = ds * scale
-  shared = lambda x: x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(3)
-  return (
-    out,
-    lse,
-    np.einsum('bhij,bjhd->bihd', ds, k),
-    shared(np.einsum('bhij,bihd->bjhd', ds, q)),
-    shared(np.einsum('bhij,bihd->bjhd', p, d_out)),
-  )
-
-
-def _error(got, exact):
-  got = np.asarray(got, np.float64)
-  np.testing.assert_array_equal(np.isinf(got), np.isinf(exact))
-  finite = np.isfinite(exact)
-  return np.abs(np.where(finite, got - np.where(finite, exact, 0), 0)).max()
-
-
-def _skip_if_not_taken(name, options):
-  if name == 'interpreted' and 'tiles' in options:
-    pytest.skip('tiles of 16 x 16 are not for a TPU; see attention_tpu_test')
-
-
-@pytest.mark.parametrize('name', RUNNABLE)
 @pytest.mark.parametrize('case', CASES)
-def test_output_and_log_sum_exp(name, case):
-  arrays, options = _case(**CASES[case])
-  _skip_if_not_taken(name, options)
-  out, lse = _run(name, arrays, options)
+def test_the_reference_is_the_definition(case):
+  arrays, options = cases.make(**CASES[case])
+  out, lse = _run('reference', arrays, options)
   assert out.dtype == arrays[0].dtype
   assert lse.dtype == jnp.float32
-  exact = _exact(arrays, options)
-  assert _error(out, exact[0]) < 2e-6
-  assert _error(lse, exact[1]) < 2e-6
+  exact = cases.exact(arrays, options)
+  assert cases.error(out, exact[0]) < 2e-6
+  assert cases.error(lse, exact[1]) < 2e-6
 
 
 @pytest.mark.parametrize('name', ['blockwise', 'interpreted'])
 @pytest.mark.parametrize('case', CASES)
-def test_gradients_of_both_outputs(name, case):
-  arrays, options = _case(**CASES[case])
-  _skip_if_not_taken(name, options)
+def test_both_outputs_and_the_gradients_of_both(name, case):
+  arrays, options = cases.make(**CASES[case])
+  if name == 'interpreted' and 'tiles' in options:
+    pytest.skip('tiles of 16 x 16 are not for a TPU; see attention_tpu_test')
   rng = np.random.default_rng(9)
   (out, lse), pull_back = jax.vjp(
     lambda *arrays: _run(name, arrays, options), *arrays
   )
+  assert out.dtype == arrays[0].dtype
+  assert lse.dtype == jnp.float32
   d_out, d_lse = (rng.standard_normal(x.shape) for x in (out, lse))
   got = pull_back((jnp.float32(d_out), jnp.float32(d_lse)))
-  exact = _exact(arrays, options, d_out, d_lse)[2:]
-  for mine, right, like in zip(got, exact, arrays, strict=True):
+  exact = cases.exact(arrays, options, d_out, d_lse)
+  assert cases.error(out, exact[0]) < 2e-6
+  assert cases.error(lse, exact[1]) < 2e-6
+  for mine, right, like in zip(got, exact[2:], arrays, strict=True):
     assert mine.dtype == like.dtype
-    assert _error(mine, right) < 2e-5
+    assert cases.error(mine, right) < 2e-5
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
 def test_narrow_inputs_lose_no_more_than_a_product_of_that_dtype(dtype):
-  arrays, options = _case(causal=True, sizes=(90, 90), dtype=dtype)
-  exact = _exact(arrays, options)
+  arrays, options = cases.make(causal=True, sizes=(90, 90), dtype=dtype)
+  exact = cases.exact(arrays, options)
   q, k, v = arrays
   scores = jnp.einsum('bihd,bjhd->bhij', q, k).astype(jnp.float32) * 8**-0.5
-  mask = jnp.asarray(_mask(90, 90, options))[:, None]
+  mask = jnp.asarray(cases.mask(90, 90, options))[:, None]
   weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf)).astype(dtype)
   same_dtype = jnp.einsum('bhij,bjhd->bihd', weights, v)
-  allowed = 2 * _error(same_dtype, exact[0])
+  allowed = 2 * cases.error(same_dtype, exact[0])
   names = (
     ('blockwise', 'interpreted') if dtype == jnp.bfloat16 else ('blockwise',)
   )
   for name in names:
     out, lse = _run(name, arrays, options)
     assert out.dtype == dtype
-    assert _error(out, exact[0]) <= allowed
-    assert _error(lse, exact[1]) < 1e-4  # statistics stay float32
+    assert cases.error(out, exact[0]) <= allowed
+    assert cases.error(lse, exact[1]) < 1e-4  # statistics stay float32
 
 
 @pytest.mark.parametrize('name', ['blockwise', 'interpreted'])
 def test_a_query_that_sees_nothing_is_zero_and_so_are_its_gradients(name):
-  arrays, options = _case(kv_length=(0, 41), causal=True, offset=-3)
+  arrays, options = cases.make(kv_length=(0, 41), causal=True, offset=-3)
   run = lambda *arrays: _run(name, arrays, options)
   (out, lse), pull_back = jax.vjp(run, *arrays)
-  empty = ~_mask(37, 41, options).any(-1)
+  empty = ~cases.mask(37, 41, options).any(-1)
   assert empty[0].all()
   assert empty[1].sum() == 3
   assert (np.asarray(out)[empty] == 0).all()
@@ -233,9 +137,9 @@ def test_a_query_that_sees_nothing_is_zero_and_so_are_its_gradients(name):
 @pytest.mark.parametrize('name', RUNNABLE)
 @pytest.mark.parametrize('bad', [np.nan, np.inf, 3e38])
 def test_what_hidden_keys_hold_does_not_matter(name, bad):
-  (q, k, v), options = _case(kv_length=(11, 30), causal=True, offset=20)
+  (q, k, v), options = cases.make(kv_length=(11, 41), causal=True, offset=-2)
   clean = _run(name, (q, k, v), options)
-  hidden = jnp.arange(41)[None] >= options['kv_length'][:, None]
+  hidden = ~jnp.asarray(cases.mask(37, 41, options)).any(1)
   k, v = (jnp.where(hidden[:, :, None, None], bad, x) for x in (k, v))
   run = lambda *arrays: _run(name, arrays, options)
   for got, right in zip(run(q, k, v), clean, strict=True):
@@ -251,7 +155,7 @@ def test_what_hidden_keys_hold_does_not_matter(name, bad):
 def test_hidden_tiles_are_not_computed():
   """A tile whose scores would overflow to NaN leaves no trace if it is not
   kept: it is never multiplied."""
-  (q, k, v), options = _case(tiles=((0,), (1,), (2,)), sizes=(40, 41))
+  (q, k, v), options = cases.make(tiles=((0,), (1,), (2,)), sizes=(40, 41))
   got, _ = _run('blockwise', (q, k, v), options)
   k = k.at[:, :16].set(jnp.nan)
   other, _ = _run('blockwise', (q, k, v), options)
@@ -260,7 +164,7 @@ def test_hidden_tiles_are_not_computed():
 
 
 def test_results_over_parts_of_the_keys_merge():
-  (q, k, v), _ = _case(sizes=(23, 60))
+  (q, k, v), _ = cases.make(sizes=(23, 60))
   whole = api.attention(q, k, v)
   parts = [
     api.attention(q, k[:, low:high], v[:, low:high])
@@ -290,16 +194,16 @@ def test_any_mask_and_any_size(kv_length, **drawn):
   sizes = drawn['sizes']
   kv_length = tuple(min(n, sizes[1]) for n in kv_length)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(blockwise, 'TILE', TILE)
-    arrays, options = _case(kv_length=kv_length, **drawn)
+    patch.setattr(blockwise, 'TILE', cases.TILE)
+    arrays, options = cases.make(kv_length=kv_length, **drawn)
     out, lse = _run('blockwise', arrays, options)
-    exact = _exact(arrays, options)
-    assert _error(out, exact[0]) < 4e-6
-    assert _error(lse, exact[1]) < 4e-6
+    exact = cases.exact(arrays, options)
+    assert cases.error(out, exact[0]) < 4e-6
+    assert cases.error(lse, exact[1]) < 4e-6
 
 
 def test_vmap_jit_and_shards_give_the_same():
-  arrays, options = _case(causal=True, kv_length=(30, 41))
+  arrays, options = cases.make(causal=True, kv_length=(30, 41))
   right = api.attention(*arrays, **options)
   run = lambda q, k, v, n: api.attention(
     q, k, v, causal=True, kv_length=n, implementation='blockwise'
@@ -335,23 +239,6 @@ def test_memory_grows_with_the_length_and_not_with_its_square(monkeypatch):
   assert temporary(4096) < 2.2 * temporary(2048)
 
 
-def test_the_tpu_kernel_has_no_races():
-  (q, k, v), _ = _case(sizes=(40, 150), heads=(2, 1))
-  rule = masks.Rule(scale=0.3, causal=True)
-  limits = masks.Limits(
-    jnp.asarray([110, 3]), jnp.asarray([150, 20]), None, None
-  )
-  params = pltpu.InterpretParams(detect_races=True)
-  got = mosaic_tpu.forward(rule, q, k, v, limits, interpret=params)
-  from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-  assert interpret_pallas_call.races is not None
-  assert not interpret_pallas_call.races.races_found
-  right = blockwise.attention(rule, q, k, v, limits)
-  for mine, whole in zip(got, right, strict=True):
-    np.testing.assert_allclose(mine, whole, atol=2e-6)
-
-
 def test_it_lowers_for_tpu_with_the_kernel_and_for_cuda_without():
   shape = jax.ShapeDtypeStruct((1, 300, 4, 64), jnp.bfloat16)
   run = jax.jit(functools.partial(api.attention, causal=True))
@@ -363,7 +250,7 @@ def test_it_lowers_for_tpu_with_the_kernel_and_for_cuda_without():
 
 
 def test_a_kernel_for_another_platform_says_so():
-  arrays, _ = _case()
+  arrays, _ = cases.make()
   with pytest.raises(Exception, match='mosaic_tpu is a kernel for tpu'):
     jax.jit(lambda *a: api.attention(*a, implementation='mosaic_tpu'))(*arrays)
 
@@ -381,13 +268,13 @@ def test_a_kernel_for_another_platform_says_so():
   ],
 )
 def test_what_does_not_fit_is_refused(change, message):
-  arrays, options = _case(**change)
+  arrays, options = cases.make(**change)
   with pytest.raises(ValueError, match=message):
     api.attention(*arrays, **options)
 
 
 def test_shapes_that_do_not_fit_are_refused():
-  (q, k, v), _ = _case()
+  (q, k, v), _ = cases.make()
   for wrong, message in (
     ((q[0], k, v), 'must be'),
     ((q[:1], k, v), 'agree in B'),

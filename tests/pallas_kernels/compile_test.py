@@ -10,9 +10,11 @@ import re
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels.attention import api as attention
+from pallas_kernels.attention import patterns
 from pallas_kernels.binary_matmul import api as binary_matmul
 from pallas_kernels.decode_attention import api as decode_attention
 from pallas_kernels.dequant_matmul import api as dequant_matmul
@@ -103,6 +105,31 @@ CASES = {
   ),
   'attention with gradients, bf16': _attention_backward(
     jnp.bfloat16, 2048, 8, 8, 128, causal=True
+  ),
+  'attention with gradients, f32, grouped': _attention_backward(
+    jnp.float32, 2048, 9, 3, 64, causal=True
+  ),
+  'attention with gradients, tiles, segments': _attention_backward(
+    jnp.bfloat16,
+    2048,
+    8,
+    4,
+    128,
+    tiles=patterns.butterfly((128, 128), 2048, 2048),
+    q_segments=np.zeros((1, 2048), np.int32),
+    kv_segments=np.zeros((1, 2048), np.int32),
+    softcap=50.0,
+  ),
+  'attention with gradients, tiles of 16': _attention_backward(
+    jnp.bfloat16,
+    1000,
+    2,
+    1,
+    64,
+    tiles=patterns.local_global((16, 128), 1000, 1000, near=2, everywhere=1),
+    q_segments=np.zeros((1, 1000), np.int32),
+    kv_segments=np.zeros((1, 1000), np.int32),
+    causal=True,
   ),
   'decode, bf16, one query': _decode(
     jnp.bfloat16, jnp.bfloat16, 1, 8192, 32, 8, 128
