@@ -21,7 +21,9 @@ def test_slots_are_whole_chunks():
 
 @pytest.mark.parametrize(('chunk', 'wide'), [(4, 100), (2, 4)])
 @pytest.mark.parametrize('longest', [1, 4, 5, 9, 10])
-def test_the_cache_holds_all_but_the_last_token(monkeypatch, longest, chunk, wide):
+def test_the_cache_holds_all_but_the_last_token(
+  monkeypatch, longest, chunk, wide
+):
   monkeypatch.setattr(prefill, 'CHUNK', chunk)
   monkeypatch.setattr(prefill, 'WIDE', wide)
   monkeypatch.setattr(attention, 'FEW_QUERIES', 2)
