@@ -5,7 +5,7 @@
 
 All 80 MT-bench questions and the first 80 HumanEval problems, 128 new tokens,
 batch 1 and 8. `configs/decode_smollm2.py:demo` is what `make demo` runs: 8
-problems, 64 tokens.
+problems, 40 tokens.
 
 Hardware: two CPU cores, 4 GB of memory. The demo takes 5.5 minutes with
 downloads and compilation. The whole run takes longer than an hour; the parts in
@@ -29,7 +29,7 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   config.inline = ()
   config.num_prompts = 8 if demo else 80  # a set; 0 takes all
   config.max_prompt_tokens = 256 if demo else 800  # longer ones are left out
-  config.max_new_tokens = 64 if demo else 128
+  config.max_new_tokens = 40 if demo else 128
   config.batches = (1, 8)
   config.stop = True  # end a row at the model's stop tokens
   # Each is 'drafter' or 'drafter/verifier', with ', LENGTH' for a fixed draft.
