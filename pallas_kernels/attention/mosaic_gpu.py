@@ -13,7 +13,7 @@ the next tile of keys, so that memory and the tensor cores work at once
 (FlashAttention-3, arXiv 2407.08608, without its ping-pong between the two
 computing warpgroups). The recurrence is that of `blockwise`, with exponentials
 to the base 2. Tiles that every query sees whole skip the mask, and tiles that
-none sees are not loaded. The backward pass is the one of `blockwise`.
+none sees are not loaded.
 """
 
 import functools
@@ -29,12 +29,13 @@ import jax.numpy as jnp
 from pallas_kernels import compat
 from pallas_kernels import masks
 from pallas_kernels.attention import blockwise
+from pallas_kernels.attention import mosaic_gpu_backward
+from pallas_kernels.attention import mosaic_gpu_tiles as tiles
+from pallas_kernels.attention.mosaic_gpu_tiles import COMPUTING
+from pallas_kernels.attention.mosaic_gpu_tiles import ROWS
 
-ROWS = 64  # queries of a computing warpgroup: the height of a wgmma
 COLUMNS = 128  # keys of a tile
 STEPS = 2  # slots of the ring
-_COMPUTING = 2  # warpgroups
-_WIDTHS = (64, 128)
 
 
 def forward(
@@ -54,27 +55,12 @@ def forward(
     NotImplementedError: The mask has segments or tiles, or the dtype or the
       width of a head is not one of this kernel.
   """
-  if limits.q_segments is not None or rule.tiles is not None:
-    raise NotImplementedError('segments and tiles are not in this kernel.')
-  if q.dtype not in (jnp.bfloat16, jnp.float16):
-    raise NotImplementedError(f'{q.dtype} is not a dtype of this kernel.')
-  if q.shape[3] not in _WIDTHS or v.shape[3] != q.shape[3]:
-    raise NotImplementedError(
-      f'heads of width {q.shape[3]} and {v.shape[3]} are not {_WIDTHS}.'
-    )
+  tiles.check(rule, q, v, limits)
   batch, q_size, heads, width = q.shape
-  kv_size, kv_heads = k.shape[1:3]
-  # A slot beyond what any query sees may hold NaN, and 0 times NaN is NaN.
-  used = jnp.arange(kv_size) < limits.kv_length[:, None]
-  if rule.causal:
-    used &= jnp.arange(kv_size) < limits.offset[:, None] + q_size
-  if rule.window is not None:
-    used &= jnp.arange(kv_size) > limits.offset[:, None] - rule.window
-    used &= jnp.arange(kv_size) < limits.offset[:, None] + q_size + rule.window
-  v = jnp.where(used[:, :, None, None], v, 0)
-  rows = _COMPUTING * ROWS
-  q, k, v = _padded(q, rows), _padded(k, COLUMNS), _padded(v, COLUMNS)
-  grid = (heads, q.shape[1] // rows, batch)
+  kv_heads = k.shape[2]
+  v = tiles.without_unseen(rule, limits, q_size, v)
+  q, k, v = (tiles.padded(x) for x in (q, k, v))
+  grid = (heads, q.shape[1] // tiles.BLOCK, batch)
   groups = heads // kv_heads
   out, lse = plgpu.kernel(
     functools.partial(_kernel, rule=rule, groups=groups),
@@ -84,21 +70,21 @@ def forward(
       jax.ShapeDtypeStruct((batch, heads, q.shape[1]), jnp.float32),
     ],
     scratch_types=[
-      tiled((_COMPUTING, ROWS, width), q.dtype),
-      tiled((STEPS, COLUMNS, width), q.dtype),
-      tiled((STEPS, COLUMNS, width), q.dtype),
-      plgpu.SMEM((_COMPUTING, ROWS), jnp.float32),
-      plgpu.Barrier(num_barriers=_COMPUTING),
+      tiles.tiled((COMPUTING, ROWS, width), q.dtype),
+      tiles.tiled((STEPS, COLUMNS, width), q.dtype),
+      tiles.tiled((STEPS, COLUMNS, width), q.dtype),
+      plgpu.SMEM((COMPUTING, ROWS), jnp.float32),
+      plgpu.Barrier(num_barriers=COMPUTING),
       plgpu.Barrier(num_barriers=STEPS),
       plgpu.Barrier(num_barriers=STEPS),
-      plgpu.Barrier(num_arrivals=_COMPUTING, num_barriers=STEPS),
-      plgpu.Barrier(num_arrivals=_COMPUTING, num_barriers=STEPS),
+      plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=STEPS),
+      plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=STEPS),
       # The interpreter multiplies from shared memory only.
-      *[tiled((_COMPUTING, ROWS, COLUMNS), q.dtype)] * bool(interpret),
+      *[tiles.tiled((COMPUTING, ROWS, COLUMNS), q.dtype)] * bool(interpret),
     ],
     grid=grid,
     grid_names=('head', 'row', 'batch'),
-    num_threads=_COMPUTING + 1,
+    num_threads=COMPUTING + 1,
     thread_name='warpgroup',
     compiler_params=plgpu.CompilerParams(
       approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
@@ -108,7 +94,7 @@ def forward(
   return out[:, :q_size], lse[:, :, :q_size]
 
 
-attention = blockwise.differentiable(forward)
+attention = blockwise.differentiable(forward, mosaic_gpu_backward.backward)
 
 
 def _kernel(
@@ -136,16 +122,16 @@ def _kernel(
   """128 queries of one head."""
   head, batch = lax.axis_index('head'), lax.axis_index('batch')
   warpgroup = lax.axis_index('warpgroup')
-  first = lax.axis_index('row') * (_COMPUTING * ROWS)
+  first = lax.axis_index('row') * tiles.BLOCK
   offset = offset_ref[batch]
   kv_size = k_ref.shape[1]
   length = jnp.minimum(length_ref[batch], kv_size)
   low, whole_low, whole_high, high = _ranges(
-    rule, first + offset, _COMPUTING * ROWS, length
+    rule, first + offset, tiles.BLOCK, length
   )
   slot_of = lambda n: lax.rem(n - low, jnp.int32(STEPS))
 
-  @pl.when(warpgroup == _COMPUTING)
+  @pl.when(warpgroup == COMPUTING)
   def _():
     plgpu.set_max_registers(40, action='decrease')
     key_head = lax.div(head, jnp.int32(groups))
@@ -164,7 +150,7 @@ def _kernel(
 
     lax.fori_loop(low, high, load, None)
 
-  @pl.when(warpgroup < _COMPUTING)
+  @pl.when(warpgroup < COMPUTING)
   def _():
     plgpu.set_max_registers(232, action='increase')
     mine = first + warpgroup * ROWS
@@ -189,14 +175,13 @@ def _kernel(
 
       scores = pl.run_scoped(score, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
       plgpu.barrier_arrive(k_used.at[slot])
-      scores = scaled(rule, scores)
+      scores = tiles.scaled(rule, scores)
       if masked:
         iota = lambda axis: plgpu.broadcasted_iota(
           jnp.int32, (ROWS, COLUMNS), axis, layout=plgpu.Layout.WGMMA
         )
-        seen = _seen(
-          rule, iota(0) + mine + offset, iota(1) + n * COLUMNS, length
-        )
+        position, key = iota(0) + mine + offset, iota(1) + n * COLUMNS
+        seen = masks.between(rule, length, position, position, key)
         scores = jnp.where(seen, scores, -jnp.inf)
       new = jnp.maximum(largest, scores.max(axis=1))
       # A query that has seen nothing yet has -inf: its weights must be 0.
@@ -273,35 +258,3 @@ def _ranges(rule, position, count, length):
   high = jnp.maximum(low, up(high))
   whole_low = jnp.clip(up(whole_low), low, high)
   return low, whole_low, jnp.clip(down(whole_high), whole_low, high), high
-
-
-def scaled(rule, scores):
-  """Scores to the base 2: exp(s) = exp2(s log2(e))."""
-  log2e = math.log2(math.e)
-  if rule.softcap is None:
-    return scores * (rule.scale * log2e)
-  # tanh x = 1 - 2 / (1 + exp(2 x)): the GPU's fast tanh has 11 bits only.
-  grown = jnp.exp2(scores * (2 * rule.scale / rule.softcap * log2e))
-  return (1.0 - 2.0 / (1.0 + grown)) * (rule.softcap * log2e)
-
-
-def _seen(rule, position, key, length):
-  seen = key < length
-  if rule.causal:
-    seen &= key <= position
-  if rule.window is not None:
-    seen &= key > position - rule.window
-    if not rule.causal:
-      seen &= key < position + rule.window
-  return seen
-
-
-def tiled(shape, dtype):
-  """Shared memory in the layout that TMA writes and wgmma reads."""
-  items = 128 // jnp.dtype(dtype).itemsize  # of the 128 bytes that are swizzled
-  transforms = plgpu.TilingTransform((8, items)), plgpu.SwizzleTransform(128)
-  return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def _padded(x: jax.Array, multiple: int) -> jax.Array:
-  return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))

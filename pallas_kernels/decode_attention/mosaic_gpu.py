@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import compat
 from pallas_kernels import masks
-from pallas_kernels.attention import mosaic_gpu as flash
+from pallas_kernels.attention import mosaic_gpu_tiles as tiles
 from pallas_kernels.attention.api import merge
 from pallas_kernels.decode_attention import blockwise
 
@@ -91,10 +91,10 @@ def attention(
       jax.ShapeDtypeStruct((*head, ROWS), jnp.float32),
     ],
     scratch_types=[
-      flash.tiled((ROWS, width), q.dtype),
-      flash.tiled((STEPS, COLUMNS, width), q.dtype),
-      flash.tiled((STEPS, COLUMNS, width), q.dtype),
-      flash.tiled((ROWS, width), jnp.float32),
+      tiles.tiled((ROWS, width), q.dtype),
+      tiles.tiled((STEPS, COLUMNS, width), q.dtype),
+      tiles.tiled((STEPS, COLUMNS, width), q.dtype),
+      tiles.tiled((ROWS, width), jnp.float32),
       plgpu.SMEM((ROWS,), jnp.float32),
       plgpu.Barrier(),
       plgpu.Barrier(num_barriers=STEPS),
@@ -102,7 +102,7 @@ def attention(
       plgpu.Barrier(num_barriers=STEPS),
       plgpu.Barrier(num_barriers=STEPS),
       # The interpreter multiplies from shared memory only.
-      *[flash.tiled((ROWS, COLUMNS), q.dtype)] * bool(interpret),
+      *[tiles.tiled((ROWS, COLUMNS), q.dtype)] * bool(interpret),
     ],
     grid=(kv_heads * row_tiles, splits, batch),
     grid_names=('head', 'part', 'batch'),
@@ -249,7 +249,7 @@ def _kernel(
 
       scores = pl.run_scoped(score, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
       plgpu.barrier_arrive(k_used.at[slot])
-      scores = flash.scaled(rule, scores)
+      scores = tiles.scaled(rule, scores)
       if in_tail:
         tile = pl.ds((n - first_tail) * COLUMNS, COLUMNS)
         seen = compat.load(

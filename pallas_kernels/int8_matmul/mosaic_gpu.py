@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels import compat
-from pallas_kernels.attention import mosaic_gpu as flash
+from pallas_kernels.attention import mosaic_gpu_tiles as tiles
 from pallas_kernels.int8_matmul import reference
 
 ROWS = 64  # of a computing warpgroup: the height of a wgmma
@@ -73,12 +73,12 @@ def int8_matmul(
     _kernel,
     out_type=jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), out_dtype),
     scratch_types=[
-      flash.tiled((STEPS, rows, DEPTH), jnp.int8),
-      flash.tiled((STEPS, COLUMNS, DEPTH), jnp.int8),
+      tiles.tiled((STEPS, rows, DEPTH), jnp.int8),
+      tiles.tiled((STEPS, COLUMNS, DEPTH), jnp.int8),
       plgpu.SMEM((rows,), jnp.float32),
       plgpu.SMEM((COLUMNS,), jnp.float32),
       # Part of a result at a time: all of it would not fit beside the ring.
-      flash.tiled(
+      tiles.tiled(
         (_COMPUTING, ROWS, 128 // jnp.dtype(out_dtype).itemsize), out_dtype
       ),
       ring(2),

@@ -37,6 +37,12 @@ def _attention(dtype, size, heads, kv_heads, width, **options):
   return run, [shape(heads), shape(kv_heads), shape(kv_heads)]
 
 
+def _gradients(*args, **options):
+  run, shapes = _attention(*args, **options)
+  loss = lambda *arrays: run(*arrays)[0].astype(jnp.float32).sum()
+  return jax.grad(loss, (0, 1, 2)), shapes
+
+
 def _decode(dtype, time, slots, heads, kv_heads, width, batch=4, **options):
   cache = ((batch, kv_heads, slots, width), dtype)
   run = functools.partial(
@@ -63,6 +69,19 @@ CASES = {
   'attention, f16, not causal': _attention(jnp.float16, 1000, 8, 8, 128),
   'attention, window, softcap': _attention(
     jnp.bfloat16, 4096, 8, 4, 128, causal=True, window=700, softcap=50.0
+  ),
+  'gradients, bf16, causal, width 128': _gradients(
+    jnp.bfloat16, 4096, 16, 4, 128, causal=True
+  ),
+  'gradients, bf16, grouped, width 64': _gradients(
+    jnp.bfloat16, 4096, 9, 3, 64, causal=True
+  ),
+  'gradients, f16, not causal': _gradients(jnp.float16, 1000, 8, 8, 128),
+  'gradients, window, softcap': _gradients(
+    jnp.bfloat16, 4096, 8, 4, 128, causal=True, window=700, softcap=50.0
+  ),
+  'gradients, window, softcap, width 64': _gradients(
+    jnp.float16, 4096, 8, 4, 64, window=700, softcap=50.0
   ),
   'decode, bf16, one query': _decode(jnp.bfloat16, 1, 8192, 32, 8, 128),
   'decode, bf16, tree of 64': _decode(
