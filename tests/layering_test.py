@@ -80,8 +80,9 @@ ONLY_IN = {
 # Tests of several rooms at once; every other test names the module it tests.
 CROSS_CUTTING = {
   'tests/layering_test.py',
-  # All kernels through one compiler.
+  # All kernels through the compiler of a device.
   'tests/pallas_kernels/compile_test.py',
+  'tests/pallas_kernels/compile_cuda_test.py',
   # One module, three kinds of proof.
   'tests/efficiency_jax/decoding/speculative_law_test.py',
   'tests/efficiency_jax/decoding/speculative_program_test.py',

@@ -80,7 +80,7 @@ def test_the_reference_is_the_definition(case):
 def test_both_outputs_and_the_gradients_of_both(name, case):
   arrays, options = cases.make(**CASES[case])
   if name == 'interpreted' and 'tiles' in options:
-    pytest.skip('tiles of 16 x 16 are not for a TPU; see attention_tpu_test')
+    pytest.skip('tiles of 16 x 16 are not for a TPU; see mosaic_tpu_test')
   rng = np.random.default_rng(9)
   (out, lse), pull_back = jax.vjp(
     lambda *arrays: _run(name, arrays, options), *arrays

@@ -1,6 +1,6 @@
 """The Hopper kernel of the int8 product, interpreted and lowered.
 
-See `attention_gpu_test` for where the interpreter runs.
+See `attention.mosaic_gpu_test` for where the interpreter runs.
 """
 
 import jax
