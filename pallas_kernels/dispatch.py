@@ -13,6 +13,7 @@ with the reason, before it computes anything.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 from typing import Any
 
 import jax
@@ -27,6 +28,28 @@ PLATFORMS = {'mosaic_tpu': 'tpu', 'mosaic_gpu': 'cuda'}
 ANYWHERE = 'blockwise'
 
 Implementation = str | Sequence[str] | None
+
+
+def bind(
+  implementations: Mapping[str, Callable[..., Any]],
+  *static: Any,
+  **options: Any,
+) -> dict[str, Callable[..., Any]]:
+  """Implementations with their static arguments, which must be hashable.
+
+  A kernel of one platform is traced once for all calls that are alike, on every
+  platform: a model calls it in each of its layers.
+  """
+  return {
+    name: _bound(name in PLATFORMS, function, static, tuple(options.items()))
+    for name, function in implementations.items()
+  }
+
+
+@functools.cache
+def _bound(once, function, static, options):
+  bound = functools.partial(function, *static, **dict(options))
+  return jax.jit(bound) if once else bound
 
 
 def call(

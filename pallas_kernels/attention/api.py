@@ -84,10 +84,7 @@ def attention(
     softcap=softcap,
     tiles=tiles,
   )
-  bound = {
-    name: lambda *args, function=function: function(rule, *args)
-    for name, function in IMPLEMENTATIONS.items()
-  }
+  bound = dispatch.bind(IMPLEMENTATIONS, rule)
   return dispatch.call('attention', bound, implementation, q, k, v, limits)
 
 

@@ -91,10 +91,7 @@ def decode_attention(
     window=window,
     softcap=softcap,
   )
-  bound = {
-    name: lambda *args, function=function: function(rule, splits, *args)
-    for name, function in IMPLEMENTATIONS.items()
-  }
+  bound = dispatch.bind(IMPLEMENTATIONS, rule, splits)
   arrays = (q, k, v, limits, k_scales, v_scales)
   return dispatch.call('decode_attention', bound, implementation, *arrays)
 

@@ -99,12 +99,9 @@ def dequant_matmul(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(how: _How, x, values, scales, codebook):
   """x @ w, or x @ w' if transposed; linear in x, and differentiable so."""
-  bound = {
-    name: functools.partial(
-      function, transposed=how.transposed, out_dtype=how.out_dtype
-    )
-    for name, function in IMPLEMENTATIONS.items()
-  }
+  bound = dispatch.bind(
+    IMPLEMENTATIONS, transposed=how.transposed, out_dtype=how.out_dtype
+  )
   return dispatch.call(
     'dequant_matmul', bound, how.implementation, x, values, scales, codebook
   )

@@ -89,10 +89,7 @@ def int8_matmul(
     x_scales = _without_gradient(x_scales.reshape(-1))
   # Not -1, which stands for no number where another axis is empty.
   rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-  bound = {
-    name: functools.partial(function, out_dtype=jnp.dtype(out_dtype))
-    for name, function in IMPLEMENTATIONS.items()
-  }
+  bound = dispatch.bind(IMPLEMENTATIONS, out_dtype=jnp.dtype(out_dtype))
   out = dispatch.call(
     'int8_matmul',
     bound,
