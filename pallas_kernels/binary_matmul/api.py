@@ -8,7 +8,6 @@ multiply to -1 where their bits differ. So a sum of K products is a count:
 It is exact, whichever implementation computes it.
 """
 
-import functools
 import operator
 
 import jax
@@ -114,10 +113,7 @@ def binary_matmul(
     return jnp.zeros(shape, jnp.int32)
   out = dispatch.call(
     'binary_matmul',
-    {
-      name: functools.partial(function, size)
-      for name, function in IMPLEMENTATIONS.items()
-    },
+    dispatch.bind(IMPLEMENTATIONS, size),
     implementation,
     _without_tail(a.reshape(-1, a.shape[-1]), size),
     _without_tail(b, size),

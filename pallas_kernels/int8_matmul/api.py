@@ -7,7 +7,6 @@ quantization (LLM.int8(), arXiv 2208.07339, section 3). The product q @ w is of
 integers and exact, so all implementations return the same numbers.
 """
 
-import functools
 import math
 
 import jax
