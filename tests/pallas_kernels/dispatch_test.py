@@ -61,3 +61,23 @@ def test_the_mark_of_a_platform_has_derivatives_and_batches():
   assert jax.jit(jax.grad(mark))(3.0) == 6.0
   batched = jax.jit(jax.vmap(mark))(jnp.arange(3.0))
   assert (batched == jnp.arange(3.0) ** 2).all()
+
+
+def test_a_kernel_is_traced_once_for_calls_that_are_alike():
+  traced = []
+
+  def kernel(factor, x):
+    traced.append(factor)
+    return x * factor
+
+  implementations = {'blockwise': lambda f, x: x * f, 'mosaic_tpu': kernel}
+
+  def model(x, factors):
+    for factor in factors:
+      bound = dispatch.bind(implementations, factor)
+      x = dispatch.call('product', bound, None, x)
+    return x
+
+  got = jax.jit(lambda x: model(x, (2.0,) * 5 + (3.0,)))(jnp.ones(3))
+  assert got.tolist() == [96.0] * 3
+  assert traced == [2.0, 3.0]
