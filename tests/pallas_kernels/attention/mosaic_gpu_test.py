@@ -116,7 +116,7 @@ def test_it_lowers_for_cuda_with_the_kernel(implementation):
   run = functools.partial(
     api.attention, causal=True, implementation=implementation
   )
-  assert 'mosaic_gpu' in hopper.lower(run, shape, shape, shape)
+  assert 'custom_call @mosaic_gpu' in hopper.lower(run, shape, shape, shape)
 
 
 def test_without_a_gpu_the_platform_chooses_another():

@@ -130,7 +130,7 @@ def test_it_lowers_for_cuda_with_the_kernel(implementation):
     *arrays, implementation=implementation
   )
   lowered = hopper.lower(run, shape(2, 4, 8, 64), cache, cache, length)
-  assert 'mosaic_gpu' in lowered
+  assert 'custom_call @mosaic_gpu' in lowered
 
 
 @pytest.mark.parametrize(

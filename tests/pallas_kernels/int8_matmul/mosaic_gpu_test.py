@@ -67,7 +67,7 @@ def test_it_lowers_for_cuda_with_the_kernel(implementation):
     jax.ShapeDtypeStruct((70,), jnp.float32),
   )
   run = lambda *arrays: api.int8_matmul(*arrays, implementation=implementation)
-  assert 'mosaic_gpu' in hopper.lower(run, *shapes)
+  assert 'custom_call @mosaic_gpu' in hopper.lower(run, *shapes)
   for platform in ('cpu', 'tpu'):
     if implementation is None:
       traced = jax.jit(run).trace(*shapes)
