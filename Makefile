@@ -7,7 +7,8 @@ RUN := $(VENV)/bin/python
 RUN_PEERS := .venv-peers/bin/python
 CODE := setup.py efficiency_jax pallas_kernels experiments configs tests
 
-.PHONY: test short test-slow test-model test-peers test-aot demo lint format clean
+.PHONY: test short test-slow test-model test-peers test-aot demo notebooks \
+  lint format clean
 
 test: $(VENV)/.installed  ## The tests that need neither weights nor network.
 	$(RUN) -m pytest -q
@@ -30,6 +31,10 @@ test-aot: .venv-aot/.installed  ## Compiles the TPU kernels; needs no TPU.
 demo: $(VENV)/.installed  ## Fetches the model, then decodes it both ways.
 	$(RUN) -m experiments.decode --config=configs/decode_smollm2.py:demo \
 	  --workdir=runs/demo --show_tokens
+
+notebooks: .venv-notebooks/.installed  ## Makes each .ipynb from its .py and runs it.
+	.venv-notebooks/bin/jupytext --update --to ipynb experiments/notebooks/*.py
+	.venv-notebooks/bin/jupyter execute --inplace experiments/notebooks/*.ipynb
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check $(wildcard $(CODE))
@@ -57,6 +62,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 .venv-aot/.installed: setup.py pyproject.toml constraints.txt
 	test -x .venv-aot/bin/python || $(PYTHON) -m venv .venv-aot
 	.venv-aot/bin/python -m pip install -q -e '.[test,aot]' -c constraints.txt
+	touch $@
+
+.venv-notebooks/.installed: setup.py pyproject.toml constraints.txt
+	test -x .venv-notebooks/bin/python || $(PYTHON) -m venv .venv-notebooks
+	.venv-notebooks/bin/python -m pip install -q -e '.[notebooks]' \
+	  -c constraints.txt
 	touch $@
 
 # torch comes first and by its pinned version: the CPU build is enough, and
