@@ -23,12 +23,11 @@ CLAIMS = {
   'flash_attention': """
 for n in (512, 4096):  # no library hides the matrix from the compiler's plan
   assert scratch_bytes(naive, *random_arrays(n)) >= 4 * n * n
-of_naive, *others = [scratch for _, scratch in results[LENGTHS[-1]].values()]
+n = LENGTHS[-1]
+of_naive, *others = [scratch for _, scratch in results[n].values()]
 assert all(scratch < of_naive / 2 for scratch in others)
-n = 4096
-arrays, columns = random_arrays(n, count=4), all_columns(n, TILE)
-scratch = lambda f: scratch_bytes(gradients(with_columns(f, columns)), *arrays)
-assert scratch(only_forward) > 4 * n * n > 8 * scratch(flash)
+matrix, (of_naive, kept, again) = 4 * n * n, backward_scratch.values()
+assert min(of_naive, kept) > matrix > 3 * again
 """,
 }
 
