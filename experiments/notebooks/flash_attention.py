@@ -137,9 +137,9 @@ for n in LENGTHS:
 
 # %% [markdown]
 # Scratch is the $n \times n$ scores, 4 bytes each: once, or twice where the
-# compiler keeps $e^{s}$ beside $s$. So it grows with the square: from the first
-# line to the last one has eight times the tokens, and the inputs eight times
-# the bytes, but scratch far more. A model does this for every head of every
+# compiler keeps $e^{s}$ beside $s$. It grows with the square: from the first line
+# to the last, eight times the tokens make the inputs eight times as large, and
+# each copy of the matrix 64 times. A model does this for every head of every
 # layer. And memory is time as well: the scores do not fit the small fast memory
 # beside the arithmetic, so they go out to the large slow one and come back,
 # several times.
@@ -513,14 +513,8 @@ def quarter_columns(n, tile):
 def draw_patterns(n=32 * TILE):
   """Kept tiles of three patterns."""
   figure, axes = plt.subplots(1, 3, figsize=(8.4, 3.1), layout='constrained')
-  for axis, (name, make) in zip(
-    axes,
-    (
-      ('all', all_columns),
-      ('butterfly', butterfly_columns),
-      ('a quarter', quarter_columns),
-    ),
-  ):
+  makers = (all_columns, butterfly_columns, quarter_columns)
+  for axis, name, make in zip(axes, ('all', 'butterfly', 'a quarter'), makers):
     kept = as_matrix(make(n, TILE))
     axis.imshow(kept, cmap='Blues', vmin=0, vmax=1.4)
     axis.set_title(f'{name}: {kept.mean():.0%} of tiles', fontsize=10)
@@ -668,10 +662,9 @@ def measured(n):
     'library': one_head(api.attention),
     'library, 25 % of the tiles': one_head(api.attention, tiles=quarter),
   }
-  compiled = {name: jax.jit(f) for name, f in programs.items()}
   calls = {
-    name: functools.partial(program, *arrays)
-    for name, program in compiled.items()
+    name: functools.partial(jax.jit(program), *arrays)
+    for name, program in programs.items()
   }
   times = speed.compare(calls, repeats=4)
   return {
