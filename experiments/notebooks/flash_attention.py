@@ -137,12 +137,12 @@ for n in LENGTHS:
 
 # %% [markdown]
 # Scratch is the $n \times n$ scores, 4 bytes each: once, or twice where the
-# compiler keeps $e^{s}$ beside $s$. It grows with the square: from the first line
-# to the last, eight times the tokens make the inputs eight times as large, and
-# each copy of the matrix 64 times. A model does this for every head of every
-# layer. And memory is time as well: the scores do not fit the small fast memory
-# beside the arithmetic, so they go out to the large slow one and come back,
-# several times.
+# compiler keeps $e^{s}$ beside $s$. It grows with the square: from the first
+# line to the last, eight times the tokens make the inputs eight times as large,
+# and each copy of the matrix 64 times. A model does this for every head of
+# every layer. And memory is time as well: the scores do not fit the small fast
+# memory beside the arithmetic, so they go out to the large slow one and come
+# back, several times.
 #
 # To get rid of the matrix, we should use each score as soon as it is there, and
 # then forget it. The softmax seems to forbid that: it divides by a sum over the
