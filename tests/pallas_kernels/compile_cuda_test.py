@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.attention import api as attention
+from pallas_kernels.binary_matmul import api as binary_matmul
 from pallas_kernels.decode_attention import api as decode_attention
 from pallas_kernels.int8_matmul import api as int8_matmul
 from tests.pallas_kernels import hopper
@@ -59,6 +60,14 @@ def _int8(dtype, m, k, n):
   return run, [((m, k), dtype), ((k, n), jnp.int8), ((n,), jnp.float32)]
 
 
+def _binary(m, k, n):
+  run = functools.partial(
+    binary_matmul.binary_matmul, size=k, implementation='mosaic_gpu'
+  )
+  words = -(-k // 32)
+  return run, [((m, words), jnp.uint32), ((n, words), jnp.uint32)]
+
+
 CASES = {
   'attention, bf16, causal, width 128': _attention(
     jnp.bfloat16, 4096, 16, 16, 128, causal=True
@@ -92,6 +101,7 @@ CASES = {
   ),
   'int8, bf16, 8192^3': _int8(jnp.bfloat16, 8192, 8192, 8192),
   'int8, f32, odd sizes': _int8(jnp.float32, 33, 1000, 130),
+  'binary 4096^3': _binary(4096, 4096, 4096),
 }
 
 
