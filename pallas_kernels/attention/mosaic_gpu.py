@@ -55,7 +55,7 @@ def forward(
     NotImplementedError: The mask has segments or tiles, or the dtype or the
       width of a head is not one of this kernel.
   """
-  tiles.check(rule, q, v, limits)
+  tiles.check(rule, q, k, v, limits)
   batch, q_size, heads, width = q.shape
   kv_heads = k.shape[2]
   v = tiles.without_unseen(rule, limits, q_size, v)

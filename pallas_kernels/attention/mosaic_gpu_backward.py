@@ -63,7 +63,7 @@ def backward(
   Raises:
     NotImplementedError: As the forward pass.
   """
-  tiles.check(rule, q, v, limits)
+  tiles.check(rule, q, k, v, limits)
   q_size, kv_size = q.shape[1], k.shape[1]
   empty = jnp.isneginf(lse)
   delta = jnp.einsum(
@@ -75,7 +75,7 @@ def backward(
   k, v = (tiles.without_unseen(rule, limits, q_size, x) for x in (k, v))
   q, k, v, d_out = (tiles.padded(x) for x in (q, k, v, d_out))
   lse = tiles.padded(lse, axis=2, fill=jnp.inf)
-  # One array [B, H, 2, Sq]: every copy less saves the copier registers.
+  # One array [B, H, 2, Sq], and so one copy.
   statistics = jnp.stack([lse, tiles.padded(delta, axis=2)], axis=2)
   arrays = limits.offset, limits.kv_length, q, k, v, d_out, statistics
   dq = _queries(rule, arrays, interpret)
@@ -133,7 +133,8 @@ def _keys(rule, q_size, arrays, interpret):
   """dk and dv [B, S', K, D]."""
   q, k = arrays[2:4]
   batch, size, kv_heads, width = k.shape
-  # These take more registers.
+  # These take more registers. (Windows that look both ways, at width 128, take
+  # 28 bytes more than there are.)
   costly = rule.softcap or (rule.window and not rule.causal)
   queries = 64 if costly else RING[width]
   block, ring = (

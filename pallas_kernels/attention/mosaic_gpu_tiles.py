@@ -24,12 +24,16 @@ WIDTHS = (64, 128)  # of heads
 LOG2E = math.log2(math.e)
 
 
-def check(rule: masks.Rule, q, v, limits: masks.Limits) -> None:
+def check(rule: masks.Rule, q, k, v, limits: masks.Limits) -> None:
   """Raises NotImplementedError for what these kernels do not take."""
   if limits.q_segments is not None or rule.tiles is not None:
     raise NotImplementedError('segments and tiles are not in this kernel.')
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     raise NotImplementedError(f'{q.dtype} is not a dtype of this kernel.')
+  if not q.dtype == k.dtype == v.dtype:
+    raise NotImplementedError(
+      f'q, k and v are of different dtypes: {q.dtype}, {k.dtype}, {v.dtype}.'
+    )
   if q.shape[3] not in WIDTHS or v.shape[3] != q.shape[3]:
     raise NotImplementedError(
       f'heads of width {q.shape[3]} and {v.shape[3]} are not {WIDTHS}.'

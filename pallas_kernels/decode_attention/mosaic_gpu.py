@@ -66,6 +66,10 @@ def attention(
     raise NotImplementedError('an int8 cache is not in this kernel.')
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     raise NotImplementedError(f'{q.dtype} is not a dtype of this kernel.')
+  if not q.dtype == k.dtype == v.dtype:
+    raise NotImplementedError(
+      f'q, k and v are of different dtypes: {q.dtype}, {k.dtype}, {v.dtype}.'
+    )
   if width not in _WIDTHS or v.shape[3] != width:
     raise NotImplementedError(
       f'heads of width {width} and {v.shape[3]} are not {_WIDTHS}.'

@@ -142,6 +142,14 @@ def test_what_it_does_not_take_is_said(change, message):
     mosaic_gpu.forward(rule, *arrays)
 
 
+def test_mixed_dtypes_are_left_to_others():
+  rule, (q, k, v, limits) = _case()
+  k, v = k.astype(jnp.float16), v.astype(jnp.float16)
+  with pytest.raises(NotImplementedError, match='dtypes: bfloat16, float16'):
+    mosaic_gpu.forward(rule, q, k, v, limits)
+  assert 'custom_call @mosaic_gpu' not in hopper.lower(api.attention, q, k, v)
+
+
 def test_on_another_platform_it_says_so():
   _, (q, k, v, _) = _case()
   with pytest.raises(Exception, match='mosaic_gpu is a kernel for cuda'):
