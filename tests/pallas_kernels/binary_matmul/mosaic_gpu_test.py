@@ -1,6 +1,6 @@
 """Products of signs on a Hopper GPU, interpreted and lowered.
 
-See `attention_gpu_test` for where the interpreter runs.
+See `attention/mosaic_gpu_test` for where the interpreter runs.
 """
 
 import functools
