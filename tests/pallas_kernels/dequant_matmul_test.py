@@ -336,6 +336,16 @@ def test_no_program_holds_a_whole_weight_of_wider_numbers(kind, dtype, m):
       assert max(sizes) < k * n / 2
 
 
+@pytest.mark.parametrize('kind', QUANTIZE)
+def test_blocks_are_as_wide_as_one_row_wants_them(kind):
+  """A narrow block would be made wide again before a product of one row."""
+  k, n = 192, 2048
+  for m in (1, 7):
+    shapes = _shapes(kind, m, k, n, jnp.bfloat16)
+    text = _text(api.dequant_matmul, 'cpu', *shapes)
+    assert bool(re.search(r'tensor<(96|192)x128xbf16>', text)) == (m > 1)
+
+
 def test_what_the_kernel_does_not_take_is_left_to_others():
   shapes = _shapes('nf4', 3, 128, 24, jnp.float16)
   assert 'tpu_custom_call' not in _text(api.dequant_matmul, 'tpu', *shapes)
