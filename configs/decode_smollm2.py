@@ -3,7 +3,7 @@
     python -m experiments.decode --config=configs/decode_smollm2.py \
       --workdir=runs/decode
 
-All 80 MT-bench questions and the first 80 HumanEval problems, 128 new tokens,
+All 80 MT-bench questions and the first 80 HumanEval problems, 64 new tokens,
 batch 1 and 8. `configs/decode_smollm2.py:demo` is what `make demo` runs: 8
 problems, 40 tokens.
 
@@ -29,14 +29,12 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   config.inline = ()
   config.num_prompts = 8 if demo else 80  # a set; 0 takes all
   config.max_prompt_tokens = 256 if demo else 800  # longer ones are left out
-  config.max_new_tokens = 40 if demo else 128
+  config.max_new_tokens = 40 if demo else 64
   config.batches = (1, 8)
   config.stop = True  # end a row at the model's stop tokens
   # Each is 'drafter' or 'drafter/verifier', with ', LENGTH' for a fixed draft.
   config.methods = ('n-gram', 'early exit, 3', 'draft model, 3')
-  config.fixed_lengths = (
-    (3, 7) if demo else (3, 7, 15)
-  )  # of n-gram, beside the adaptive one
+  config.fixed_lengths = (3, 7)  # of n-gram, beside the adaptive one
   config.exit_layers = 10
   config.draft_every = 3  # the draft model: every third layer, untrained
   config.repeats = 1
