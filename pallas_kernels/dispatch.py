@@ -23,6 +23,8 @@ from jax.interpreters import ad
 from jax.interpreters import batching
 from jax.interpreters import mlir
 
+from pallas_kernels import shards
+
 # The platform that each kernel is written for; other names run anywhere.
 PLATFORMS = {'mosaic_tpu': 'tpu', 'mosaic_gpu': 'cuda'}
 ANYWHERE = 'blockwise'
@@ -70,6 +72,11 @@ def call(
     ValueError: A name is unknown.
     NotImplementedError: No implementation that was named takes the arguments.
   """
+  args = shards.alike(args)
+  # Mosaic GPU forgets which of its results vary.
+  implementations = {
+    name: _marked(function) for name, function in implementations.items()
+  }
   if implementation is None:
     return _platforms_choice(implementations, *args)
   names = (
@@ -94,6 +101,10 @@ def call(
   raise NotImplementedError(
     f'{operation} takes these arguments in none of: {"; ".join(reasons)}'
   )
+
+
+def _marked(function):
+  return lambda *args: shards.like(function(*args), args)
 
 
 def _platforms_choice(implementations, *args):

@@ -31,6 +31,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from pallas_kernels import masks
+from pallas_kernels import shards
 
 # Queries and keys of a tile: the scores of one head group fit the cache of a
 # core, and the products are large enough to be worth two cores.
@@ -132,8 +133,9 @@ def forward(
       )
       return new, total, out * shrink + gained
 
-    statistic = jnp.zeros((*q_tile.shape[:-1], 1), jnp.float32)
-    out = jnp.zeros((*q_tile.shape[:-1], v.shape[-1]), jnp.float32)
+    filled = lambda width, value: shards.full(
+      (*q_tile.shape[:-1], width), value, jnp.float32, q_tile
+    )
     largest, total, out = _column_loop(
       rule,
       limits,
@@ -141,7 +143,7 @@ def forward(
       row,
       kv_size,
       step,
-      (statistic - jnp.inf, statistic, out),
+      (filled(1, -jnp.inf), filled(1, 0), filled(v.shape[-1], 0)),
     )
     empty = total == 0
     total = jnp.where(empty, 1, total)
@@ -177,6 +179,7 @@ def backward(rule, q, k, v, limits, out, lse, d_out, d_lse):
   )
   k_rows, v_rows = (_key_rows(x, plan) for x in (k, v))
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  zeros = lambda x: shards.full(x.shape, 0, jnp.float32, x)
 
   def row_of_tiles(carry, inputs):
     row, q_tile, d_out_tile, lse_tile, delta_tile = inputs
@@ -206,13 +209,11 @@ def backward(rule, q, k, v, limits, out, lse, d_out, d_lse):
       )
       return dq, dk, dv
 
-    dq = jnp.zeros(q_tile.shape, jnp.float32)
     dq, dk, dv = _column_loop(
-      rule, limits, plan, row, kv_size, step, (dq, *carry)
+      rule, limits, plan, row, kv_size, step, (zeros(q_tile), *carry)
     )
     return (dk, dv), dq
 
-  zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
   (dk, dv), dq = lax.scan(row_of_tiles, (zeros(k_rows), zeros(v_rows)), tiles)
   back = lambda x, like: x.transpose(0, 2, 1, 3)[:, :kv_size].astype(like.dtype)
   return _whole_queries(dq, q_size).astype(q.dtype), back(dk, k), back(dv, v)

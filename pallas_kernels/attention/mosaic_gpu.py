@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import compat
 from pallas_kernels import masks
+from pallas_kernels import shards
 from pallas_kernels.attention import blockwise
 from pallas_kernels.attention import mosaic_gpu_backward
 from pallas_kernels.attention import mosaic_gpu_tiles as tiles
@@ -65,9 +66,9 @@ def forward(
   out, lse = plgpu.kernel(
     functools.partial(_kernel, rule=rule, groups=groups),
     out_type=[
-      jax.ShapeDtypeStruct(q.shape, q.dtype),
+      shards.out_shape(q.shape, q.dtype, q),
       # Positions last, so that a copy of 64 of them is contiguous.
-      jax.ShapeDtypeStruct((batch, heads, q.shape[1]), jnp.float32),
+      shards.out_shape((batch, heads, q.shape[1]), jnp.float32, q),
     ],
     scratch_types=[
       tiles.tiled((COMPUTING, ROWS, width), q.dtype),

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import compat
 from pallas_kernels import masks
+from pallas_kernels import shards
 from pallas_kernels.attention import mosaic_gpu_tiles as tiles
 
 STEPS = 2  # slots of a ring
@@ -116,7 +117,7 @@ def _queries(rule, arrays, interpret) -> jax.Array:
   return _call(
     functools.partial(_queries_kernel, rule=rule, groups=heads // k.shape[2]),
     arrays,
-    jax.ShapeDtypeStruct(q.shape, q.dtype),
+    shards.out_shape(q.shape, q.dtype, q),
     (heads, size // tiles.BLOCK, batch),
     [
       *(block, block, statistics, ring, ring),
@@ -142,7 +143,7 @@ def _keys(rule, q_size, arrays, interpret):
     for count, rows in ((tiles.COMPUTING, tiles.ROWS), (STEPS, queries))
   )
   statistics = plgpu.SMEM((STEPS, 2, queries), jnp.float32)
-  out = jax.ShapeDtypeStruct(k.shape, k.dtype)
+  out = shards.out_shape(k.shape, k.dtype, k)
   staged = tiles.tiled((tiles.COMPUTING, tiles.ROWS, queries), q.dtype)
   return _call(
     functools.partial(

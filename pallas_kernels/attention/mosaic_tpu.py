@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from pallas_kernels import masks
+from pallas_kernels import shards
 from pallas_kernels.attention import blockwise
 from pallas_kernels.attention import mosaic_tpu_backward
 from pallas_kernels.attention import mosaic_tpu_tiles as tiles
@@ -93,8 +94,8 @@ def forward(
       ],
     ),
     out_shape=[
-      jax.ShapeDtypeStruct((*q.shape[:3], v_width), q.dtype),
-      jax.ShapeDtypeStruct((batch, heads, rows, 1, n), jnp.float32),
+      shards.out_shape((*q.shape[:3], v_width), q.dtype, q),
+      shards.out_shape((batch, heads, rows, 1, n), jnp.float32, q),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary')

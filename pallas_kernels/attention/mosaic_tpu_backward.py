@@ -30,6 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from pallas_kernels import masks
+from pallas_kernels import shards
 from pallas_kernels.attention import mosaic_tpu_tiles as tiles
 
 TILE = (256, 512)
@@ -125,7 +126,7 @@ def _queries(cut: tiles.Layout, limits, arrays, interpret) -> jax.Array:
       ),
       scratch_shapes=[pltpu.VMEM((n, width), jnp.float32)],
     ),
-    out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+    out_shape=shards.out_shape(q.shape, q.dtype, q),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary')
     ),
@@ -164,8 +165,8 @@ def _keys(cut: tiles.Layout, limits, arrays, interpret):
       ],
     ),
     out_shape=[
-      jax.ShapeDtypeStruct(k.shape, k.dtype),
-      jax.ShapeDtypeStruct(v.shape, v.dtype),
+      shards.out_shape(k.shape, k.dtype, k),
+      shards.out_shape(v.shape, v.dtype, v),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel',) * 3 + ('arbitrary',) * 2

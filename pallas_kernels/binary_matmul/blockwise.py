@@ -21,6 +21,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from pallas_kernels import shards
+
 # Counts of a tile of rows: 4 MiB, in the shared cache of a few cores.
 TILE = 1 << 20
 # Words that go by between reading a count and writing it.
@@ -65,7 +67,7 @@ def _tile_by_tile(a: jax.Array, b: jax.Array) -> jax.Array:
       # A sum, and not an addition a word: XLA gets it into vector registers.
       return counts + _differing(a[i, :, :, None], b[i, :, None], 0)
 
-    counts = jnp.zeros((rows, n), jnp.uint32)
+    counts = shards.full((rows, n), 0, jnp.uint32, a)
     return lax.fori_loop(0, len(a), step, counts)
 
   return lax.map(tile, a).reshape(-1, n)[:m]

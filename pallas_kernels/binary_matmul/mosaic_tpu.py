@@ -32,6 +32,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels import shards
 
 TILE = (256, 512)  # rows and columns of the output
 _LANES = 128  # of a vector register
@@ -88,7 +89,7 @@ def binary_matmul(
       pl.BlockSpec((columns, _LANES), lambda i, j, w: (j, w)),
     ],
     out_specs=pl.BlockSpec((rows, columns), lambda i, j, w: (i, j)),
-    out_shape=jax.ShapeDtypeStruct((m, n), jnp.int32),
+    out_shape=shards.out_shape((m, n), jnp.int32, a),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'arbitrary')
     ),

@@ -22,6 +22,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from pallas_kernels import masks
+from pallas_kernels import shards
 from pallas_kernels.attention.api import merge
 
 BLOCK = 128  # slots read at a time; a row of them stays in the cache of a core
@@ -90,9 +91,10 @@ def attention(
 
   def read(low, high):
     """The result over the blocks `low .. high - 1`."""
-    statistic = jnp.zeros((*rows.shape[:3], 1), jnp.float32)
-    out = jnp.zeros((*rows.shape[:3], v.shape[3]), jnp.float32)
-    carry = (statistic - jnp.inf, statistic, out)
+    filled = lambda width, value: shards.full(
+      (*rows.shape[:3], width), value, jnp.float32, rows
+    )
+    carry = (filled(1, -jnp.inf), filled(1, 0), filled(v.shape[3], 0))
     largest, total, out = lax.fori_loop(low, high, read_block, carry)
     empty = total == 0
     total = jnp.where(empty, 1, total)

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import compat
 from pallas_kernels import masks
+from pallas_kernels import shards
 from pallas_kernels.attention import mosaic_gpu_tiles as tiles
 from pallas_kernels.attention.api import merge
 from pallas_kernels.decode_attention import blockwise
@@ -91,8 +92,8 @@ def attention(
   out, lse = plgpu.kernel(
     functools.partial(_kernel, rule=rule, splits=splits, row_tiles=row_tiles),
     out_type=[
-      jax.ShapeDtypeStruct((*head, kept, width), jnp.float32),
-      jax.ShapeDtypeStruct((*head, ROWS), jnp.float32),
+      shards.out_shape((*head, kept, width), jnp.float32, q),
+      shards.out_shape((*head, ROWS), jnp.float32, q),
     ],
     scratch_types=[
       tiles.tiled((ROWS, width), q.dtype),

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import masks
 from pallas_kernels import roofline
+from pallas_kernels import shards
 from pallas_kernels.attention.api import merge
 from pallas_kernels.decode_attention import blockwise
 
@@ -120,6 +121,7 @@ def _sight(rule, limits, time: int, groups: int):
 def _call(rule, splits, block, scalars, arrays, interpret):
   rows, _, _, k, v = arrays[:5]
   batch, kv_heads, count, width = rows.shape
+  parts = batch, kv_heads, splits, count
   slots, v_width = v.shape[2:]
   blocks = slots // block // splits
 
@@ -171,12 +173,8 @@ def _call(rule, splits, block, scalars, arrays, interpret):
       ],
     ),
     out_shape=[
-      jax.ShapeDtypeStruct(
-        (batch, kv_heads, splits, count, v_width), jnp.float32
-      ),
-      jax.ShapeDtypeStruct(
-        (batch, kv_heads, splits, count, _LANES), jnp.float32
-      ),
+      shards.out_shape((*parts, v_width), jnp.float32, rows),
+      shards.out_shape((*parts, _LANES), jnp.float32, rows),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary')

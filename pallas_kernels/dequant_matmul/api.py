@@ -13,10 +13,10 @@ import math
 from typing import NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels import shards
 from pallas_kernels.dequant_matmul import blockwise
 from pallas_kernels.dequant_matmul import formats
 from pallas_kernels.dequant_matmul import mosaic_tpu
@@ -91,7 +91,7 @@ def dequant_matmul(
   rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
   out = _product(
     _How(False, x.dtype, out_dtype, implementation),
-    *_alike_in_shards(rows, values, scales, codebook),
+    *shards.alike((rows, values, scales, codebook)),
   )
   return out.reshape(shape)
 
@@ -116,24 +116,6 @@ def _pull_back(how, weight, d_out):
 
 
 _product.defvjp(_keep, _pull_back)
-
-
-def _alike_in_shards(*arrays):
-  """Inside `shard_map`, marks all as varying over what any of them varies over.
-
-  So that the gradient of an x that devices share, each with its own columns of
-  w, is summed over the devices: JAX does that for the mark, and cannot know it
-  of a product that brings its own gradient.
-  """
-  axes = set()
-  for array in jax.tree.leaves(arrays):
-    axes |= jax.typeof(array).manual_axis_type.varying
-
-  def vary(array):
-    missing = axes - jax.typeof(array).manual_axis_type.varying
-    return lax.pcast(array, tuple(missing), to='varying') if missing else array
-
-  return jax.tree.map(vary, arrays)
 
 
 @jax.custom_jvp

@@ -45,6 +45,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels import shards
 from pallas_kernels.dequant_matmul import formats
 
 
@@ -136,11 +137,7 @@ def dequant_matmul(
   if codebook is not None:
     specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
     operands.append(codebook)
-  out = jax.ShapeDtypeStruct(
-    (len(x), k if transposed else n),
-    out_dtype,
-    manual_axis_type=jax.typeof(x).manual_axis_type,
-  )
+  out = shards.out_shape((len(x), k if transposed else n), out_dtype, x)
   again = steps.k if transposed else steps.n  # times that x is read
   return pl.pallas_call(
     functools.partial(_kernel, transposed=transposed),

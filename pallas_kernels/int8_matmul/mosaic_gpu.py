@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels import compat
+from pallas_kernels import shards
 from pallas_kernels.attention import mosaic_gpu_tiles as tiles
 from pallas_kernels.int8_matmul import reference
 
@@ -71,7 +72,7 @@ def int8_matmul(
   )
   out = plgpu.kernel(
     _kernel,
-    out_type=jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), out_dtype),
+    out_type=shards.out_shape((x.shape[0], w.shape[0]), out_dtype, x),
     scratch_types=[
       tiles.tiled((STEPS, rows, DEPTH), jnp.int8),
       tiles.tiled((STEPS, COLUMNS, DEPTH), jnp.int8),

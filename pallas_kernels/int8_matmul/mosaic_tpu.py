@@ -43,6 +43,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels import shards
 from pallas_kernels.int8_matmul import reference
 
 
@@ -165,7 +166,7 @@ def _call(kernel, tile: Tiles, x_and_scales, w, w_scales, out_dtype, interpret):
   x = x_and_scales[0]
   (rows, columns), (k, n) = x.shape, w.shape
   grid = (pl.cdiv(rows, tile.m), pl.cdiv(n, tile.n), columns // tile.k)
-  out = jax.ShapeDtypeStruct((rows, n), out_dtype)
+  out = shards.out_shape((rows, n), out_dtype, x)
   acc = pltpu.VMEM((tile.m, tile.n), jnp.int32)
   if kernel is _from_floats:
     x_specs = [pl.BlockSpec((tile.m, columns), lambda m, n, k: (m, 0))]
