@@ -13,6 +13,7 @@ import numpy as np
 
 from efficiency_jax.decoding import cost_table
 from efficiency_jax.decoding import drafters
+from efficiency_jax.decoding import medusa
 from efficiency_jax.decoding import sampling
 from efficiency_jax.decoding import schedule as schedule_lib
 from efficiency_jax.decoding import speculative
@@ -22,7 +23,7 @@ from efficiency_jax.io.pretrained import LanguageModel
 from efficiency_jax.models import cache as kv_cache
 from efficiency_jax.models import transformer
 
-DRAFTERS = ('plain', 'n-gram', 'early exit', 'draft model')
+DRAFTERS = ('plain', 'n-gram', 'early exit', 'draft model', 'medusa')
 
 # Draft lengths that an adaptive generation compiles; 0 is plain decoding.
 ADAPTIVE_LENGTHS = (0, 1, 3, 7, 15)
@@ -54,6 +55,7 @@ def prepare(
   *,
   drafter: str = 'n-gram',
   draft: LanguageModel | None = None,
+  heads: medusa.TrainedHeads | None = None,
   exit_layers: int | None = None,
   draft_length: int | None = None,
   verifier: str | None = None,
@@ -64,14 +66,15 @@ def prepare(
 
   Args:
     lm: The target.
-    drafter: 'plain', 'n-gram', 'early exit' or 'draft model'.
+    drafter: 'plain', 'n-gram', 'early exit', 'draft model' or 'medusa'.
     draft: The model of 'draft model'; must have the target's tokenizer.
+    heads: The heads of 'medusa', made for this target.
     exit_layers: Layers that 'early exit' runs; a third of them if None.
     draft_length: Tokens a draft; None adapts it from round to round. With
       'plain' it widens the target's pass without drafting, which makes its
-      products those of verification.
-    verifier: 'greedy', 'token', 'block' or 'coupled'; None takes greedy or
-      block by `greedy`.
+      products those of verification. With 'medusa' it is the size of a tree.
+    verifier: 'greedy', 'token', 'block', 'coupled' or 'typical'; None takes
+      greedy, or else block, or coupled for trees.
     greedy: Whether every row will be greedy.
     stop: Whether the model's stop tokens end a row.
 
@@ -88,7 +91,8 @@ def prepare(
       f'draft_length must be >= {smallest} with drafter {drafter!r}, got'
       f' {draft_length}.'
     )
-  verifier = verifier or ('greedy' if greedy else 'block')
+  sampled = 'coupled' if drafter == 'medusa' else 'block'
+  verifier = verifier or ('greedy' if greedy else sampled)
   if verifier == 'greedy' and not greedy:
     raise ValueError(
       "verifier 'greedy' needs temperature 0; use 'block', 'token' or"
@@ -106,6 +110,10 @@ def prepare(
     layers = layers if exit_layers is None else exit_layers
     shallow = lm.config.truncated(layers)
     chosen = drafters.EarlyExit(apply=transformer.apply_fn(shallow))
+  elif drafter == 'medusa':
+    chosen = _medusa(lm, heads)
+    if draft_length is None:
+      lengths = (0, *sorted(len(tree) - 1 for tree in heads.trees))
   else:
     chosen = _draft_model(lm, draft)
   decoder = speculative.Decoder(
@@ -114,12 +122,31 @@ def prepare(
     verifier=verifiers.named(verifier),
     schedule=schedule_lib.Schedule(lengths=lengths, prior=prior),
   )
-  weights = drafters.Weights(lm.params, draft.params if draft else None)
+  own = heads if drafter == 'medusa' else draft
+  weights = drafters.Weights(lm.params, own.params if own else None)
   return Engine(
     lm=lm,
     decoder=decoder,
     weights=weights,
     stop_tokens=lm.tokenizer.stop_ids if stop else (),
+  )
+
+
+def _medusa(
+  lm: LanguageModel, heads: medusa.TrainedHeads | None
+) -> medusa.Medusa:
+  if heads is None:
+    raise ValueError("drafter 'medusa' needs heads=, trained for the target.")
+  width = heads.params['head_0']['block_0']['kernel'].shape[0]
+  if width != lm.config.width:
+    raise ValueError(
+      f'heads are for hidden states of {width}, those of {lm.name} have'
+      f' {lm.config.width}: take heads trained for it.'
+    )
+  return medusa.Medusa(
+    heads=heads.form,
+    output_head=transformer.head_fn(lm.config),
+    trees=heads.trees,
   )
 
 

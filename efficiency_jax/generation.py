@@ -60,7 +60,7 @@ class Generation:
     rows: One for each prompt.
     guarantee: 'greedy': the text is the arg max text of the target.
       'distribution': it has exactly the target's distribution. 'seed': it is
-      the text of plain sampling with this seed.
+      the text of plain sampling with this seed. 'none': none of these.
     rounds: Rounds that used each compiled draft length.
     prefill_seconds: Reading the prompts; compilation included if there was any.
     decode_seconds: Writing the texts; the same holds.

@@ -43,6 +43,9 @@ class ApplyFn(Protocol):
     params: Params,
     tokens: jax.Array,  # [B, T] int32
     cache: Cache | None = None,
+    *,
+    ancestors: jax.Array | None = None,  # [T, T] bool
+    segments: jax.Array | None = None,  # [B, T] int32
   ) -> tuple[ModelOutput, Cache | None]:
     """Scores `tokens` after the positions that `cache` holds.
 
@@ -50,5 +53,13 @@ class ApplyFn(Protocol):
     row b's tokens are at positions `cache.length[b] + (0 .. T - 1)` and the
     returned cache has `length + T`. Logits that nobody uses are never
     computed under `jax.jit`.
+
+    With `ancestors` the tokens after a cache are a tree and not a sequence:
+    token t sees the cache and the tokens u with `ancestors[t, u]`, itself among
+    them, and its position is its depth after the cache.
+
+    With `segments` the tokens without a cache are several sequences a row, one
+    behind the other, each of them numbered from 1 or 0: a token sees its own
+    segment alone, and positions begin anew in each.
     """
     ...

@@ -2,13 +2,18 @@
 
 A drafter is a frozen dataclass of static choices with three pure methods:
 
-* `init(weights, context, longest)` gives its state for a batch of prompts,
+* `init(weights, context, longest, hidden)` gives its state for a batch of
+  prompts,
 * `propose(weights, state, cache, context, length, purpose)` drafts `length`
   tokens after the last committed one and hands the target's cache back (a
   drafter that shares it may have written beyond its cursor),
-* `observe(state, context, longest)` looks at newly committed tokens and says
-  how many tokens it could draft next and how sure it is (`Forecast`). A
-  schedule may use that: it depends on committed tokens only.
+* `observe(state, context, longest, features)` looks at newly committed tokens
+  and says how many tokens it could draft next and how sure it is (`Forecast`).
+  A schedule may use that: it depends on committed tokens only.
+
+Its `tree(length)` says how the tokens of a draft hang together: one after
+another, unless it drafts several guesses at a place. One that `needs_features`
+is given what the target thought of the text, its hidden states.
 """
 
 import dataclasses
@@ -19,6 +24,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from efficiency_jax.decoding import sampling as sampling_lib
+from efficiency_jax.decoding import token_tree
 from efficiency_jax.decoding.prefill import prefill
 from efficiency_jax.decoding.sampling import Purpose
 from efficiency_jax.decoding.sampling import Sampling
@@ -54,13 +60,34 @@ class Forecast(NamedTuple):
   kind: jax.Array  # [B] int32 < num_kinds, drafts of like reliability
 
 
+class Features(NamedTuple):
+  """Hidden states of the target at the positions that a round cached.
+
+  Those are the positions `length - 1 - count .. length - 2` of a row, in order.
+  """
+
+  hidden: jax.Array  # [B, W, D]; beyond `count` it means nothing
+  count: jax.Array  # [B] int32
+
+
 class Drafter(Protocol):
   """The interface; see the module's docstring."""
 
   num_kinds: int
   name: str
+  needs_features: bool
 
-  def init(self, weights: Weights, context: Context, longest: int) -> Any:
+  def tree(self, length: int) -> token_tree.TokenTree:
+    """Shape of a draft of `length` tokens: `length + 1` nodes."""
+    ...
+
+  def init(
+    self,
+    weights: Weights,
+    context: Context,
+    longest: int,
+    hidden: jax.Array | None,  # [B, N', D] of the prompts, if features
+  ) -> Any:
     """State of the drafter after the prompts in `context`."""
     ...
 
@@ -77,14 +104,28 @@ class Drafter(Protocol):
     ...
 
   def observe(
-    self, state: Any, context: Context, longest: int
+    self,
+    state: Any,
+    context: Context,
+    longest: int,
+    features: Features | None,  # None before the first round
   ) -> tuple[Any, Forecast]:
     """Takes in committed tokens before the next round."""
     ...
 
 
+class Chain:
+  """A drafter of one token after another that needs the text alone."""
+
+  needs_features = False
+
+  def tree(self, length: int) -> token_tree.TokenTree:
+    """No branches."""
+    return token_tree.chain(length)
+
+
 @dataclasses.dataclass(frozen=True)
-class Nothing:
+class Nothing(Chain):
   """Drafts nothing, which makes the speculative loop a plain one.
 
   With a draft length G above 0 the target still runs at width G + 1: that is
@@ -95,9 +136,9 @@ class Nothing:
   name: str = 'plain'
   num_kinds: int = 1
 
-  def init(self, weights, context, longest):
+  def init(self, weights, context, longest, hidden=None):
     """No state."""
-    del weights, context, longest
+    del weights, context, longest, hidden
     return ()
 
   def propose(self, weights, state, cache, context, length, purpose):
@@ -108,15 +149,15 @@ class Nothing:
     count = jnp.zeros((batch,), jnp.int32)
     return Proposal(tokens, count, None), state, cache
 
-  def observe(self, state, context, longest):
+  def observe(self, state, context, longest, features=None):
     """Nothing to draft."""
-    del longest
+    del longest, features
     zero = jnp.zeros_like(context.length)
     return state, Forecast(zero, zero)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NGram:
+class NGram(Chain):
   """Prompt lookup: copies what followed the same tokens earlier on.
 
   The longest suffix of the text, up to `longest_match` tokens, that occurs
@@ -147,9 +188,9 @@ class NGram:
     """Matches of each length draft with their own reliability."""
     return self.longest_match - self.shortest_match + 1
 
-  def init(self, weights, context, longest):
+  def init(self, weights, context, longest, hidden=None):
     """No draft yet: `observe` finds the first."""
-    del weights
+    del weights, hidden
     batch = context.length.shape[0]
     return Proposal(
       jnp.zeros((batch, longest), jnp.int32),
@@ -163,9 +204,9 @@ class NGram:
     count = jnp.minimum(state.count, length)
     return Proposal(state.tokens[:, :length], count, None), state, cache
 
-  def observe(self, state, context, longest):
+  def observe(self, state, context, longest, features=None):
     """Looks the suffix of every row up in the row."""
-    del state
+    del state, features
     tokens, length = context.tokens, context.length
     slots = jnp.arange(tokens.shape[1])
     matched = jnp.zeros(tokens.shape, jnp.int32)
@@ -191,7 +232,7 @@ class NGram:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DraftModel:
+class DraftModel(Chain):
   """A smaller model with the same tokenizer and a cache of its own.
 
   Attributes:
@@ -204,13 +245,15 @@ class DraftModel:
   name: str = 'draft model'
   num_kinds: int = 1
 
-  def init(self, weights, context, longest):
+  def init(self, weights, context, longest, hidden=None):
     """Runs the draft model over the prompts."""
     batch, slots = context.tokens.shape
     cache = self.init_cache(batch, slots + longest)
-    return prefill(
+    del hidden  # the target's
+    cache, _ = prefill(
       self.apply, weights.draft, context.tokens, context.length, cache
     )
+    return cache
 
   def propose(self, weights, state, cache, context, length, purpose):
     """Samples `length` tokens from the draft model, one by one.
@@ -238,8 +281,9 @@ class DraftModel:
     )
     return proposal, state, cache
 
-  def observe(self, state, context, longest):
+  def observe(self, state, context, longest, features=None):
     """Can always draft; forgets the refused tokens."""
+    del features
     length = jnp.minimum(state.length, context.length - 1)
     return state._replace(length=length), _always(context, longest)
 
@@ -263,7 +307,7 @@ class DraftModel:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EarlyExit:
+class EarlyExit(Chain):
   """The first layers of the target with its own norm and head as the draft.
 
   They write the same keys and values that the target's verification then
@@ -277,9 +321,9 @@ class EarlyExit:
   name: str = 'early exit'
   num_kinds: int = 1
 
-  def init(self, weights, context, longest):
+  def init(self, weights, context, longest, hidden=None):
     """No state of its own."""
-    del weights, context, longest
+    del weights, context, longest, hidden
     return ()
 
   def propose(self, weights, state, cache, context, length, purpose):
@@ -298,8 +342,9 @@ class EarlyExit:
     )
     return proposal, state, cache._replace(length=cursor)
 
-  def observe(self, state, context, longest):
+  def observe(self, state, context, longest, features=None):
     """Can always draft."""
+    del features
     return state, _always(context, longest)
 
 

@@ -23,7 +23,9 @@ def slots_for(tokens: int) -> int:
 
 
 @functools.partial(
-  jax.jit, static_argnames=('apply',), donate_argnames=('cache',)
+  jax.jit,
+  static_argnames=('apply', 'keep_hidden'),
+  donate_argnames=('cache',),
 )
 def prefill(
   apply: ApplyFn,
@@ -31,13 +33,19 @@ def prefill(
   tokens: jax.Array,  # [B, N] int32, right-padded
   length: jax.Array,  # [B] int32, at least 1
   cache: Cache,
-) -> Cache:
+  *,
+  keep_hidden: bool = False,
+) -> tuple[Cache, jax.Array | None]:
   """Fills the cache with positions `0 .. length - 2` of every row.
 
   The last token stays out: a decoding step feeds it first. The whole batch
   walks in chunks up to its longest row; what shorter rows write beyond their
   end is dead, because the cursor of each row is set to its own length. The
   cache needs `slots_for(length.max())` slots.
+
+  Returns:
+    The cache, and with `keep_hidden` the hidden states [B, N', D] of those
+    positions; what stands at later ones means nothing.
   """
   padded = slots_for(tokens.shape[1])
   tokens = jnp.pad(tokens, ((0, 0), (0, padded - tokens.shape[1])))
@@ -46,17 +54,26 @@ def prefill(
     """Chunks of one width for as long as they begin before `end`."""
 
     def body(carry):
-      first, cache = carry
+      first, cache, hidden = carry
       chunk = lax.dynamic_slice_in_dim(tokens, first, width, 1)
       cache = cache._replace(length=jnp.full_like(length, first))
-      _, cache = apply(params, chunk, cache)
-      return first + width, cache
+      output, cache = apply(params, chunk, cache)
+      if keep_hidden:
+        hidden = lax.dynamic_update_slice_in_dim(
+          hidden, output.hidden, first, 1
+        )
+      return first + width, cache, hidden
 
     return lax.while_loop(lambda carry: carry[0] < end, body, carry)
 
   end = length.max() - 1
-  carry = jnp.int32(0), cache
+  hidden = None
+  if keep_hidden:
+    output, _ = jax.eval_shape(apply, params, tokens[:, :1], cache)
+    batch, _, width = output.hidden.shape
+    hidden = jnp.zeros((batch, padded, width), output.hidden.dtype)
+  carry = jnp.int32(0), cache, hidden
   if padded >= 2 * WIDE:
     carry = walk(WIDE, end // WIDE * WIDE, carry)
-  _, cache = walk(CHUNK, end, carry)
-  return cache._replace(length=length - 1)
+  _, cache, hidden = walk(CHUNK, end, carry)
+  return cache._replace(length=length - 1), hidden

@@ -13,6 +13,7 @@ The choice looks at committed tokens and past verdicts only. A rule that looked
 at the draft to decide how much of it to verify would bias sampled text.
 """
 
+from collections.abc import Sequence
 import dataclasses
 from typing import NamedTuple
 
@@ -106,10 +107,15 @@ def choose(
   count: jax.Array,  # [B] int32, tokens that the drafter can draft
   remaining: jax.Array,  # [B] int32, tokens left in the budget; 0 is done
   costs: jax.Array,  # [len(lengths)] seconds of one round
+  heights: Sequence[int] | None = None,
 ) -> jax.Array:
-  """Index into `schedule.lengths` of the best expected rate: [] int32."""
-  most = jnp.maximum(remaining.max(), 1)
-  worth = (remaining / most) ** schedule.urgency
+  """Index into `schedule.lengths` of the best expected rate: [] int32.
+
+  `heights` says how many tokens a draft of each length may win; None takes the
+  lengths. For trees they are fewer, and acceptance is that of a level.
+  """
+  slowest = jnp.maximum(remaining.max(), 1)
+  worth = (remaining / slowest) ** schedule.urgency
   worth = jnp.where(remaining > 0, worth, 0.0)[:, None]
   num_kinds = estimate.accepted.shape[1]
   prior = jnp.asarray(
@@ -119,7 +125,8 @@ def choose(
   alpha = (estimate.accepted + schedule.prior_weight * prior) / total
   alpha = jnp.take_along_axis(alpha, kind[:, None], axis=1)  # [B, 1]
   lengths = jnp.asarray(schedule.lengths, jnp.float32)
-  usable = jnp.minimum(lengths, count[:, None].astype(jnp.float32))
+  most = lengths if heights is None else jnp.asarray(heights, jnp.float32)
+  usable = jnp.minimum(most, count[:, None].astype(jnp.float32))
   tokens = cost_model.expected_tokens(jnp.minimum(alpha, 0.999), usable)
   rate = (worth * tokens).sum(0) / costs
   rate = jnp.where(lengths == 0, rate * (1 + schedule.margin), rate)

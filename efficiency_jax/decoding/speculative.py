@@ -25,14 +25,17 @@ from efficiency_jax.decoding import drafters
 from efficiency_jax.decoding import sampling as sampling_lib
 from efficiency_jax.decoding import schedule as schedule_lib
 from efficiency_jax.decoding.drafters import Context
+from efficiency_jax.decoding.drafters import Features
 from efficiency_jax.decoding.drafters import Forecast
 from efficiency_jax.decoding.drafters import Weights
 from efficiency_jax.decoding.prefill import prefill
 from efficiency_jax.decoding.sampling import Sampling
+from efficiency_jax.decoding.token_tree import TokenTree
 from efficiency_jax.decoding.verifiers import GREEDY
 from efficiency_jax.decoding.verifiers import Proposal
 from efficiency_jax.decoding.verifiers import Verdict
 from efficiency_jax.decoding.verifiers import Verifier
+from efficiency_jax.models import cache as kv_cache
 from efficiency_jax.types import ApplyFn
 from efficiency_jax.types import Cache
 
@@ -45,7 +48,8 @@ class Decoder:
     apply: The target model.
     drafter: Proposes tokens.
     verifier: Decides; `GREEDY` only where all rows are greedy.
-    schedule: Draft lengths. Several lengths are chosen among adaptively.
+    schedule: Draft lengths. Several lengths are chosen among adaptively. The
+      length of a tree is the number of its draft tokens.
   """
 
   apply: ApplyFn
@@ -59,6 +63,13 @@ class Decoder:
       raise ValueError(
         f'draft length must be >= 1 with a drafter ({self.drafter.name}).'
       )
+    for length in self.schedule.lengths:
+      tree = self.drafter.tree(length)
+      if not (tree.is_chain or self.verifier.takes_trees):
+        raise ValueError(
+          f"verifier {self.verifier.name!r} takes no trees; use 'greedy',"
+          " 'coupled' or 'typical'."
+        )
 
   @property
   def slack(self) -> int:
@@ -116,9 +127,17 @@ def start(
   if decoder.verifier is GREEDY and not sampling_lib.is_greedy(sampling):
     raise ValueError("verifier 'greedy' needs temperature 0 in every row.")
   # Not one jitted program: decoders of one target share the compiled prefill.
-  cache = prefill(decoder.apply, weights.target, tokens, length, cache)
+  cache, hidden = prefill(
+    decoder.apply,
+    weights.target,
+    tokens,
+    length,
+    cache,
+    keep_hidden=decoder.drafter.needs_features,
+  )
   context = Context(tokens, length, keys, sampling)
-  draft = decoder.drafter.init(weights, context, decoder.schedule.longest)
+  longest = decoder.schedule.longest
+  draft = decoder.drafter.init(weights, context, longest, hidden)
   return _first_state(decoder, context, limit, stop, cache, draft)
 
 
@@ -135,7 +154,7 @@ def _first_state(
 ) -> State:
   tokens, length, keys, sampling = context
   batch, longest = tokens.shape[0], decoder.schedule.longest
-  draft, forecast = decoder.drafter.observe(draft, context, longest)
+  draft, forecast = decoder.drafter.observe(draft, context, longest, None)
   zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
   counters = Counters(
     zeros(batch),
@@ -179,6 +198,7 @@ def run(
   streamed: the rounds are the same whether or not they are interrupted.
   """
   lengths = decoder.schedule.lengths
+  heights = [decoder.drafter.tree(g).height for g in lengths]
 
   def live(carry):
     state, rounds, _ = carry
@@ -194,6 +214,7 @@ def run(
       state.forecast.count,
       jnp.where(state.done, 0, state.limit - state.length),
       costs,
+      heights,
     )
     last = len(lengths) - 1
     return jnp.where(forced >= 0, jnp.minimum(forced, last), chosen)
@@ -229,25 +250,50 @@ def _round(
 ) -> State:
   """Draft, score, verify, commit."""
   drafted = decoder.schedule.lengths[index]
+  tree = decoder.drafter.tree(drafted)
   context = Context(state.tokens, state.length, state.keys, state.sampling)
   proposal, draft, cache = _propose(decoder, weights, state, context, drafted)
 
   anchor = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
   fed = jnp.concatenate([anchor, proposal.tokens], axis=1)
-  output, cache = decoder.apply(weights.target, fed, cache)
+  ancestors = None if tree.is_chain else jnp.asarray(tree.ancestors)
+  output, cache = decoder.apply(weights.target, fed, cache, ancestors=ancestors)
   seen = None
   if state.sampling.repetition_penalty is not None:
-    seen = _seen(state, proposal.tokens, output.logits.shape[-1])
+    seen = _seen(state, proposal.tokens, tree, output.logits.shape[-1])
   logits = sampling_lib.processed_logits(output.logits, state.sampling, seen)
-  verdict = decoder.verifier.verify(state.keys, state.length, logits, proposal)
+  verdict = decoder.verifier.verify(
+    state.keys, state.length, logits, proposal, tree
+  )
+  put, hidden = proposal.count, output.hidden
+  if not tree.is_chain:
+    proposal, path = _along_path(proposal, verdict, tree)
+    hidden = jnp.take_along_axis(hidden, path[..., None], axis=1)
+    cache = kv_cache.keep(cache, state.length - 1, path)
 
+  before = state.length
   state = state._replace(draft=draft, cache=cache)
-  state = _commit(decoder, state, proposal, verdict, index)
+  state = _commit(decoder, state, proposal, put, verdict, index)
   context = context._replace(tokens=state.tokens, length=state.length)
   draft, forecast = decoder.drafter.observe(
-    state.draft, context, decoder.schedule.longest
+    state.draft,
+    context,
+    decoder.schedule.longest,
+    Features(hidden, state.length - before),
   )
   return state._replace(draft=draft, forecast=forecast)
+
+
+def _along_path(proposal: Proposal, verdict: Verdict, tree: TokenTree):
+  """The accepted path of a tree as a chain, and its nodes [B, height + 1].
+
+  The chain goes on where the path was left: to the first child, as the token
+  that was refused.
+  """
+  path = jnp.asarray(tree.paths, jnp.int32)[verdict.node]
+  tokens = jnp.take_along_axis(proposal.tokens, path[:, 1:] - 1, axis=1)
+  refused = jnp.asarray(tree.is_inner)[verdict.node] & (proposal.count > 0)
+  return Proposal(tokens, verdict.num_accepted + refused, None), path
 
 
 def _propose(decoder, weights, state, context, drafted: int):
@@ -266,12 +312,14 @@ def _propose(decoder, weights, state, context, drafted: int):
   )
 
 
-def _seen(state: State, draft: jax.Array, vocab_size: int) -> jax.Array:
+def _seen(
+  state: State, draft: jax.Array, tree: TokenTree, vocab_size: int
+) -> jax.Array:
   """Tokens before each scored position, drafts included: [B, G + 1, V]."""
   base = sampling_lib.seen_tokens(state.tokens, state.length, vocab_size)
-  one_hot = jax.nn.one_hot(draft, vocab_size, dtype=jnp.int32)
-  earlier = jnp.cumsum(one_hot, axis=1) > 0
-  earlier = jnp.pad(earlier, ((0, 0), (1, 0), (0, 0)))
+  one_hot = jax.nn.one_hot(draft, vocab_size, dtype=jnp.float32)
+  above = jnp.asarray(tree.ancestors[:, 1:], jnp.float32)
+  earlier = jnp.einsum('ng,bgv->bnv', above, one_hot) > 0
   return base[:, None] | earlier
 
 
@@ -279,10 +327,15 @@ def _commit(
   decoder: Decoder,
   state: State,
   proposal: Proposal,
+  put: jax.Array,
   verdict: Verdict,
   index: int,
 ) -> State:
-  """Appends what stands, cut at the first stop token and at the budget."""
+  """Appends what stands, cut at the first stop token and at the budget.
+
+  `proposal` is a chain; `put` [B] counts the drafts that the target saw, which
+  for a tree are more.
+  """
   width = proposal.tokens.shape[1] + 1
   slot = jnp.arange(width)
   n = verdict.num_accepted[:, None]
@@ -303,7 +356,7 @@ def _commit(
   reached = (slot[:-1] <= n) & kept[:, :-1] & meant
   accepted = (slot[:-1] < n) & kept[:, :-1] & meant
   cut = count <= verdict.num_accepted
-  drafted = jnp.where(cut, accepted.sum(1), proposal.count)
+  drafted = jnp.where(cut, accepted.sum(1), put)
   drafted = jnp.where(state.done, 0, drafted)
   refused = jnp.where(
     (slot == n) & (slot < proposal.count[:, None]) & kept, padded, -1

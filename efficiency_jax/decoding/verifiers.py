@@ -11,6 +11,12 @@ least one token, and each keeps a stated promise:
   (Sun et al., arXiv 2403.10444, algorithm 2).
 * `COUPLED`: the text is the one that plain sampling with the same seed gives,
   whatever the drafter and the draft length (arXiv 2408.07978).
+* `TYPICAL`: no promise but for greedy rows, whose text is the arg max text. It
+  keeps what the target finds likely enough (Medusa, arXiv 2401.10774).
+
+`GREEDY` and `COUPLED` take one token of the target at every node of a tree and
+follow the child that equals it, so they, and `TYPICAL`, verify trees of tokens
+as they verify chains. `TOKEN` and `BLOCK` are rules for chains.
 """
 
 from collections.abc import Callable
@@ -19,13 +25,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from efficiency_jax.decoding import sampling
 from efficiency_jax.decoding.sampling import Purpose
+from efficiency_jax.decoding.token_tree import TokenTree
 
 
 class Proposal(NamedTuple):
-  """A draft: G tokens a row, of which the first `count[b]` are meant."""
+  """A draft: G tokens a row, of which the first `count[b]` are meant.
+
+  They are the nodes 1 .. G of a tree of tokens, in its order; mostly a chain.
+  """
 
   tokens: jax.Array  # [B, G] int32
   count: jax.Array  # [B] int32 in [0, G]
@@ -39,6 +50,7 @@ class Verdict(NamedTuple):
 
   num_accepted: jax.Array  # [B] int32 in [0, count]
   next_token: jax.Array  # [B] int32: the correction, or the bonus token
+  node: jax.Array  # [B] int32, where in the tree the last accepted one stands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,27 +59,47 @@ class Verifier:
 
   `verify(keys, position, logits, proposal)` takes typed row keys [B], the
   position [B] of the first drafted token, the target's processed logits
-  [B, G + 1, V] and the proposal.
+  [B, G + 1, V], one for every node, the proposal and its tree of G + 1 nodes.
   """
 
   name: str
-  guarantee: str  # 'greedy', 'distribution' or 'seed'
+  guarantee: str  # 'greedy', 'distribution', 'seed' or 'none'
   draft_purpose: Purpose
-  verify: Callable[[jax.Array, jax.Array, jax.Array, Proposal], Verdict]
+  verify: Callable[
+    [jax.Array, jax.Array, jax.Array, Proposal, TokenTree], Verdict
+  ]
+  takes_trees: bool
 
 
-def _greedy(keys, position, logits, proposal: Proposal) -> Verdict:
+def _greedy(keys, position, logits, proposal: Proposal, tree) -> Verdict:
   del keys, position
-  return _follow(jnp.argmax(logits, axis=-1).astype(jnp.int32), proposal)
+  choice = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  return _follow(choice, proposal, tree)
 
 
-def _coupled(keys, position, logits, proposal: Proposal) -> Verdict:
-  positions = position[:, None] + jnp.arange(logits.shape[1])
-  keys = sampling.position_keys(keys, positions, Purpose.SAMPLE)
-  return _follow(sampling.draw(keys, logits), proposal)
+def _coupled(keys, position, logits, proposal: Proposal, tree) -> Verdict:
+  return _follow(_sampled(keys, position, logits, tree), proposal, tree)
 
 
-def _token(keys, position, logits, proposal: Proposal) -> Verdict:
+# Of Medusa: the most that a token's probability must pass, and the share of
+# exp(-entropy) that is enough where the target is unsure.
+_EPSILON, _DELTA = 0.09, 0.3
+
+
+def _typical(keys, position, logits, proposal: Proposal, tree) -> Verdict:
+  log_p = jax.nn.log_softmax(logits, axis=-1)
+  p = jnp.exp(log_p)
+  entropy = -jnp.sum(p * jnp.where(p > 0, log_p, 0.0), axis=-1)
+  threshold = jnp.minimum(_EPSILON, _DELTA * jnp.exp(-entropy))  # [B, N]
+  above = np.asarray(tree.parents[1:], int)
+  likelihood = _at(log_p[:, above], proposal.tokens)
+  kept = jnp.exp(likelihood) > threshold[:, above]
+  choice = _sampled(keys, position, logits, tree)
+  return _deepest(kept, choice, proposal, tree, likelihood)
+
+
+def _token(keys, position, logits, proposal: Proposal, tree) -> Verdict:
+  del tree
   p, q, meant = _distributions(logits, proposal)
   uniform = _uniforms(keys, position, meant.shape[1])
   p_token, q_token = (_at(x[:, :-1], proposal.tokens) for x in (p, q))
@@ -79,7 +111,8 @@ def _token(keys, position, logits, proposal: Proposal) -> Verdict:
   return _correct(keys, position, num_accepted, residual, fallback)
 
 
-def _block(keys, position, logits, proposal: Proposal) -> Verdict:
+def _block(keys, position, logits, proposal: Proposal, tree) -> Verdict:
+  del tree
   p, q, meant = _distributions(logits, proposal)
   drafted = meant.shape[1]
   uniform = _uniforms(keys, position, drafted)
@@ -109,11 +142,12 @@ def _block(keys, position, logits, proposal: Proposal) -> Verdict:
   return _correct(keys, position, num_accepted, residual, fallback)
 
 
-GREEDY = Verifier('greedy', 'greedy', Purpose.SAMPLE, _greedy)
-TOKEN = Verifier('token', 'distribution', Purpose.DRAFT, _token)
-BLOCK = Verifier('block', 'distribution', Purpose.DRAFT, _block)
-COUPLED = Verifier('coupled', 'seed', Purpose.SAMPLE, _coupled)
-VERIFIERS = {v.name: v for v in (GREEDY, TOKEN, BLOCK, COUPLED)}
+GREEDY = Verifier('greedy', 'greedy', Purpose.SAMPLE, _greedy, True)
+TOKEN = Verifier('token', 'distribution', Purpose.DRAFT, _token, False)
+BLOCK = Verifier('block', 'distribution', Purpose.DRAFT, _block, False)
+COUPLED = Verifier('coupled', 'seed', Purpose.SAMPLE, _coupled, True)
+TYPICAL = Verifier('typical', 'none', Purpose.SAMPLE, _typical, True)
+VERIFIERS = {v.name: v for v in (GREEDY, TOKEN, BLOCK, COUPLED, TYPICAL)}
 
 
 def named(name: str) -> Verifier:
@@ -125,12 +159,45 @@ def named(name: str) -> Verifier:
   return VERIFIERS[name]
 
 
-def _follow(choice: jax.Array, proposal: Proposal) -> Verdict:
-  """Accepts while the draft equals the target's own choice [B, G + 1]."""
-  meant = jnp.arange(proposal.tokens.shape[1]) < proposal.count[:, None]
-  same = (proposal.tokens == choice[:, :-1]) & meant
-  num_accepted = jnp.cumprod(same, axis=-1).sum(axis=-1)
-  return Verdict(num_accepted, _at(choice, num_accepted[:, None])[:, 0])
+def _sampled(keys, position, logits, tree: TokenTree) -> jax.Array:
+  """What plain sampling would take at each node: [B, N] int32.
+
+  Nodes of one depth share their noise, which belongs to the place in the text.
+  """
+  positions = position[:, None] + tree.depth
+  keys = sampling.position_keys(keys, positions, Purpose.SAMPLE)
+  return sampling.draw(keys, logits)
+
+
+def _follow(choice: jax.Array, proposal: Proposal, tree: TokenTree) -> Verdict:
+  """Accepts while drafts equal the target's own choice [B, N] before them."""
+  same = proposal.tokens == choice[:, np.asarray(tree.parents[1:], int)]
+  return _deepest(same, choice, proposal, tree)
+
+
+def _deepest(
+  kept: jax.Array,  # [B, N - 1] bool, whether a node may follow its parent
+  choice: jax.Array,  # [B, N] int32, the target's token after each node
+  proposal: Proposal,
+  tree: TokenTree,
+  likelihood: jax.Array | None = None,  # [B, N - 1] float32, of each node
+) -> Verdict:
+  """The deepest node that stands with all its ancestors.
+
+  Of several the likeliest path, or the first node.
+  """
+  meant = jnp.arange(kept.shape[1]) < proposal.count[:, None]
+  root = ((0, 0), (1, 0))
+  kept = jnp.pad(kept & meant, root, constant_values=True)
+  stands = jnp.all(kept[:, None] | ~tree.ancestors, axis=-1)
+  depth = jnp.where(stands, tree.depth.astype(np.int32), -1)
+  num_accepted = depth.max(axis=1)
+  best = depth == num_accepted[:, None]
+  if likelihood is not None:
+    path = jnp.where(tree.ancestors, jnp.pad(likelihood, root)[:, None], 0.0)
+    best = jnp.where(best, path.sum(-1), -jnp.inf)
+  node = jnp.argmax(best, axis=1).astype(jnp.int32)
+  return Verdict(num_accepted, _at(choice, node[:, None])[:, 0], node)
 
 
 def _distributions(logits, proposal: Proposal):
@@ -163,7 +230,7 @@ def _correct(keys, position, num_accepted, residual, fallback) -> Verdict:
   positions = (position + num_accepted)[:, None]
   keys = sampling.position_keys(keys, positions, Purpose.CORRECT)
   token = sampling.draw(keys, jnp.log(weights)[:, None])[:, 0]
-  return Verdict(num_accepted, token)
+  return Verdict(num_accepted, token, num_accepted)
 
 
 def _at(values: jax.Array, index: jax.Array) -> jax.Array:

@@ -22,19 +22,23 @@ def full_attention(
   keys: jax.Array,  # [B, T, K, head_dim]
   values: jax.Array,  # [B, T, K, head_dim]
   *,
+  segments: jax.Array | None = None,  # [B, T] int32
   window: int | None = None,
   softcap: float | None = None,
   implementation: Implementation = None,
 ) -> jax.Array:
   """Causal attention inside whole sequences: [B, T, H, head_dim].
 
-  Differentiable, and memory grows with T (`pallas_kernels.attention`).
+  Differentiable, and memory grows with T (`pallas_kernels.attention`). Tokens
+  of different segments do not see each other.
   """
   out, _ = flash.attention(
     queries,
     keys,
     values,
     causal=True,
+    q_segments=segments,
+    kv_segments=segments,
     window=window,
     softcap=softcap,
     scale=1.0,
@@ -49,6 +53,7 @@ def cached_attention(
   values: jax.Array,  # [B, K, S, head_dim]
   start: jax.Array,  # [B] int32, slot of the first new token
   *,
+  ancestors: jax.Array | None = None,  # [T, T] bool
   window: int | None = None,
   softcap: float | None = None,
   implementation: Implementation = None,
@@ -57,7 +62,8 @@ def cached_attention(
 
   Query t of row b sees the slots `s <= start[b] + t`, and with a window only
   the last `window` of them; what other slots hold does not matter. The cost
-  follows the longest row and not the number of slots.
+  follows the longest row and not the number of slots. With `ancestors` the new
+  tokens are a tree (`pallas_kernels.decode_attention`).
   """
   options = {
     'window': window,
@@ -66,8 +72,10 @@ def cached_attention(
     'implementation': implementation,
   }
   length = start + queries.shape[1]
-  if queries.shape[1] <= FEW_QUERIES:
-    return decode.decode_attention(queries, keys, values, length, **options)[0]
+  if queries.shape[1] <= FEW_QUERIES or ancestors is not None:
+    return decode.decode_attention(
+      queries, keys, values, length, ancestors=ancestors, **options
+    )[0]
   slots_first = (x.transpose(0, 2, 1, 3) for x in (keys, values))
   return flash.attention(
     queries,

@@ -60,6 +60,24 @@ def write(
   return jax.vmap(one)(buffer, new.astype(buffer.dtype), start)
 
 
+def keep(cache: Cache, start: jax.Array, path: jax.Array) -> Cache:
+  """Moves slots `start + path[:, i]` of each row to `start + i`.
+
+  After a tree of tokens was written from slot `start` [B] on, the keys and
+  values of the accepted `path` [B, P] so become those of a sequence. Node 0
+  stands where it must. Rotary positions are right already: they follow depth.
+  """
+
+  def one(buffer, start, path):
+    kept = jnp.take(buffer, start + path, axis=1, mode='clip')
+    return lax.dynamic_update_slice(buffer, kept, (0, start + 1, 0))
+
+  moved = lambda buffers: tuple(
+    jax.vmap(one)(buffer, start, path[:, 1:]) for buffer in buffers
+  )
+  return Cache(moved(cache.keys), moved(cache.values), cache.length)
+
+
 def roll_back(cache: Cache, length: jax.Array) -> Cache:
   """Forgets everything at and beyond position `length` [B]; moves no data."""
   return cache._replace(length=length.astype(jnp.int32))

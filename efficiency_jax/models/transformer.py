@@ -11,6 +11,7 @@ unrolled with a parameter each, because a scan would copy every layer's slice
 out of the stack at every token.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -74,7 +75,7 @@ class Attention(nn.Module):
   implementation: Implementation = None
 
   @nn.compact
-  def __call__(self, x, turn, start, slots):
+  def __call__(self, x, turn, start, slots, ancestors, segments):
     c = self.config
     batch, time, _ = x.shape
     split = (c.num_heads, c.num_heads + c.num_kv_heads)
@@ -94,13 +95,17 @@ class Attention(nn.Module):
       'implementation': self.implementation,
     }
     if slots is None:
-      out = attention.full_attention(queries, keys, values, **options)
+      out = attention.full_attention(
+        queries, keys, values, segments=segments, **options
+      )
     else:
       slots = tuple(
         kv_cache.write(buffer, new.transpose(0, 2, 1, 3), start)
         for buffer, new in zip(slots, (keys, values), strict=True)
       )
-      out = attention.cached_attention(queries, *slots, start, **options)
+      out = attention.cached_attention(
+        queries, *slots, start, ancestors=ancestors, **options
+      )
     out = out.reshape(batch, time, c.num_heads * c.head_dim)
     return Linear(c.width, c.output_bias, name='output')(out), slots
 
@@ -128,10 +133,10 @@ class Block(nn.Module):
   implementation: Implementation = None
 
   @nn.compact
-  def __call__(self, x, turn, start, slots):
+  def __call__(self, x, turn, *places):
     c = self.config
     attend = Attention(c, self.layer, self.implementation, name='attention')
-    after, slots = attend(_norm(c, 'attention_norm')(x), turn, start, slots)
+    after, slots = attend(_norm(c, 'attention_norm')(x), turn, *places)
     if c.post_norms:
       after = _norm(c, 'attention_post_norm')(after)
     x = x + after
@@ -166,12 +171,16 @@ class DecoderLM(nn.Module):
 
   @nn.compact
   def __call__(
-    self, tokens: jax.Array, cache: Cache | None = None
+    self,
+    tokens: jax.Array,
+    cache: Cache | None = None,
+    ancestors: jax.Array | None = None,
+    segments: jax.Array | None = None,
   ) -> tuple[ModelOutput, Cache | None]:
     c = self.config
     batch, time = tokens.shape
     start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
-    positions = start[:, None] + jnp.arange(time, dtype=jnp.int32)[None]
+    positions = start[:, None] + _places(time, cache, ancestors, segments)
     turn, local_turn = _turns(c, positions)
 
     embedding = Embedding(c.vocab_size, c.width, name='embedding')
@@ -186,6 +195,8 @@ class DecoderLM(nn.Module):
         local_turn if is_local else turn,
         start,
         None if cache is None else (cache.keys[layer], cache.values[layer]),
+        ancestors,
+        segments,
       )
       if slots is not None:
         keys.append(slots[0])
@@ -195,9 +206,7 @@ class DecoderLM(nn.Module):
     head = embedding
     if not c.tie_embeddings:
       head = Embedding(c.vocab_size, c.width, name='head')
-    logits = head.logits(x)
-    if c.final_softcap is not None:
-      logits = c.final_softcap * jnp.tanh(logits / c.final_softcap)
+    logits = _capped(c, head.logits(x))
     if cache is not None:
       # A drafter may run the first layers only: the others' slots stay.
       cache = Cache(
@@ -220,16 +229,56 @@ def apply_fn(
   """
   model = DecoderLM(config, implementation)
 
-  def apply(params, tokens, cache=None):
-    return model.apply({'params': params}, tokens, cache)
+  def apply(params, tokens, cache=None, *, ancestors=None, segments=None):
+    variables = {'params': params}
+    return model.apply(variables, tokens, cache, ancestors, segments)
 
   return apply
+
+
+@functools.cache
+def head_fn(
+  config: DecoderConfig,
+) -> Callable[[Params, jax.Array], jax.Array]:
+  """The output head alone: parameters, hidden [..., D] to logits [..., V].
+
+  It makes the logits of `apply_fn` of its hidden states, to the last bit of a
+  product of the same shape.
+  """
+  name = 'embedding' if config.tie_embeddings else 'head'
+
+  def head(params, hidden):
+    return _capped(config, logits_from_table(hidden, params[name]['table']))
+
+  return head
 
 
 def init(config: DecoderConfig, key: jax.Array) -> Params:
   """Random float32 parameters: normal(0, 0.02) kernels, unit norms."""
   tokens = jnp.zeros((1, 1), jnp.int32)
   return jax.jit(DecoderLM(config).init)(key, tokens)['params']
+
+
+def _capped(c: DecoderConfig, logits: jax.Array) -> jax.Array:
+  if c.final_softcap is None:
+    return logits
+  return c.final_softcap * jnp.tanh(logits / c.final_softcap)
+
+
+def _places(time: int, cache, ancestors, segments) -> jax.Array:
+  """Positions of the tokens from the first one on: [T], [1, T] or [B, T]."""
+  places = jnp.arange(time, dtype=jnp.int32)[None]
+  if ancestors is not None:
+    if cache is None:
+      raise ValueError('ancestors are for tokens after a cache.')
+    return jnp.sum(ancestors, axis=-1, dtype=jnp.int32) - 1
+  if segments is not None:
+    if cache is not None:
+      raise ValueError('segments are for whole sequences, without a cache.')
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    first = jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
+    return places - first
+  return places
 
 
 def _turns(c: DecoderConfig, positions: jax.Array):

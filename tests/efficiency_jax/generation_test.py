@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from efficiency_jax import engine as engine_lib
 from efficiency_jax import generation
 from efficiency_jax import trees
 from efficiency_jax.data import prompts
+from efficiency_jax.decoding import medusa
+from efficiency_jax.decoding import token_tree
 from efficiency_jax.io import pretrained
 from efficiency_jax.io import untrained
 from efficiency_jax.io.pretrained import LanguageModel
@@ -30,6 +33,18 @@ def other():
 PROMPTS = ['to be or not to be or', 'héllo', 'x']
 
 
+def _heads(lm):
+  """Two heads that guess at random, with two trees."""
+  form = medusa.Heads(count=2)
+  width, size = lm.config.width, lm.config.vocab_size
+  key = jax.random.key(3)
+  params = medusa.init(form, key, width, size, {})
+  params = jax.tree.map(lambda x: jax.random.normal(key, x.shape), params)
+  shapes = [(0,)], [(0,), (1,), (0, 0), (0, 1), (1, 0)]
+  trees = tuple(map(token_tree.from_choices, shapes))
+  return medusa.TrainedHeads(form=form, params=params, trees=trees)
+
+
 @pytest.mark.short
 def test_methods_agree_on_greedy_text(lm, other):
   plain = generation.generate(lm, PROMPTS, drafter='plain', max_new_tokens=20)
@@ -38,6 +53,8 @@ def test_methods_agree_on_greedy_text(lm, other):
     {'drafter': 'n-gram', 'draft_length': 3},
     {'drafter': 'early exit', 'exit_layers': 1, 'draft_length': 2},
     {'drafter': 'draft model', 'draft': other, 'draft_length': 2},
+    {'drafter': 'medusa', 'heads': _heads(lm), 'draft_length': 5},
+    {'drafter': 'medusa', 'heads': _heads(lm)},
   ):
     mine = generation.generate(lm, PROMPTS, max_new_tokens=20, **choices)
     for a, b in zip(plain.rows, mine.rows, strict=True):
@@ -131,6 +148,7 @@ def test_token_ids_are_prompts_too(lm):
     ({'draft_length': 0}, 'draft_length must be >= 1'),
     ({'drafter': 'draft model'}, 'needs draft='),
     ({'drafter': 'early exit', 'exit_layers': 9}, 'num_layers must be in'),
+    ({'drafter': 'medusa'}, 'needs heads='),
     ({'temperature': -1.0}, 'temperature must be >= 0'),
     ({'temperature': 1.0, 'top_p': 0.0}, r'top_p must be in \(0, 1\]'),
     ({'temperature': 1.0, 'verifier': 'greedy'}, 'needs temperature 0'),
@@ -163,6 +181,30 @@ def test_a_draft_with_another_tokenizer_is_refused(lm):
   stranger = untrained.language_model(config)
   with pytest.raises(ValueError, match='different tokenizers'):
     engine_lib.prepare(lm, drafter='draft model', draft=stranger)
+
+
+def test_heads_of_another_target_and_trees_there_are_not_are_refused(lm):
+  heads = _heads(lm)
+  with pytest.raises(
+    ValueError, match=r'no tree has 3 tokens: there are \[1, 5'
+  ):
+    engine_lib.prepare(lm, drafter='medusa', heads=heads, draft_length=3)
+  narrow = jax.tree.map(lambda x: x[:5, :5], heads.params)
+  heads = dataclasses.replace(heads, params=narrow)
+  with pytest.raises(ValueError, match='heads are for hidden states of 5'):
+    engine_lib.prepare(lm, drafter='medusa', heads=heads)
+
+
+def test_sampled_trees_keep_the_text_of_the_seed(lm):
+  settings = {'temperature': 1.0, 'seed': 4, 'max_new_tokens': 20}
+  plain = generation.generate(
+    lm, PROMPTS, drafter='plain', verifier='coupled', **settings
+  )
+  mine = generation.generate(
+    lm, PROMPTS, drafter='medusa', heads=_heads(lm), **settings
+  )
+  assert mine.guarantee == 'seed'
+  assert mine.texts == plain.texts
 
 
 def test_a_cut_of_the_target_drafts_and_all_layers_draft_perfectly(lm):

@@ -97,7 +97,7 @@ def test_a_chain_draws_from_the_law_that_it_reports(kind, purpose):
   context = fixtures.context(_TEXTS, room=10, settings=settings)
   cache = kv_cache.init(_TARGET, 3, 64)
   target = transformer.apply_fn(_TARGET)
-  cache = prefill.prefill(
+  cache, _ = prefill.prefill(
     target, weights.target, context.tokens, context.length, cache
   )
   if kind == 'draft model':
@@ -154,7 +154,7 @@ def test_greedy_chains_need_no_law():
   context = fixtures.context(_TEXTS, room=10)
   config = _TARGET.truncated(1)
   drafter = drafters.EarlyExit(apply=transformer.apply_fn(config))
-  cache = prefill.prefill(
+  cache, _ = prefill.prefill(
     transformer.apply_fn(_TARGET),
     weights.target,
     context.tokens,

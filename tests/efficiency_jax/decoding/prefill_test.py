@@ -32,7 +32,7 @@ def test_the_cache_holds_all_but_the_last_token(
   rng = np.random.default_rng(0)
   lengths = np.asarray([longest, 1, (longest + 1) // 2])
   tokens = jnp.asarray(rng.integers(0, 11, (3, 10)), jnp.int32)
-  cache = prefill.prefill(
+  cache, _ = prefill.prefill(
     apply, params, tokens, jnp.asarray(lengths), kv_cache.init(config, 3, 16)
   )
   assert cache.length.tolist() == (lengths - 1).tolist()

@@ -76,6 +76,20 @@ def test_the_choice_is_the_best_expected_rate(seed):
   assert int(chosen) == int(np.argmax(rates))
 
 
+def test_a_tree_wins_no_more_tokens_than_it_is_high():
+  rule = schedule.Schedule(lengths=(0, 2, 9), prior=(0.6,), margin=0.0)
+  one = jnp.asarray([1])
+  choose = lambda costs, heights: int(
+    schedule.choose(
+      rule, schedule.init(1, 1), one - 1, 99 * one, one, costs, heights
+    )
+  )
+  costs = jnp.asarray([1.0, 1.3, 1.6])
+  assert choose(costs, None) == 2  # 1, 1.96, 2.48 tokens
+  assert choose(costs, (0, 1, 2)) == 1  # 1, 1.6, 1.96
+  assert choose(costs, (0, 1, 5)) == 2  # 1, 1.6, 2.38
+
+
 def test_failures_lead_to_plain_decoding_and_time_to_another_try():
   rule = schedule.Schedule(
     lengths=(0, 4), prior=(0.5,), prior_weight=2.0, decay=0.85, recovery=0.995

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from efficiency_jax.decoding import sampling
+from efficiency_jax.decoding import token_tree
 from efficiency_jax.decoding import verifiers
 
 
@@ -269,6 +270,10 @@ def _verify_cells(name, law: _Law, cells):
   return np.asarray(accepted)[: len(cells)], np.asarray(weights)[: len(cells)]
 
 
+def _chain(proposal):
+  return token_tree.chain(proposal.tokens.shape[1])
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _decisions(name, logits, proposal, uniforms):
   """The real rule with given uniforms, and the weights it draws from."""
@@ -286,7 +291,7 @@ def _decisions(name, logits, proposal, uniforms):
     mock.patch.object(sampling, 'draw', draw),
   ):
     verify = verifiers.named(name).verify
-    verdict = verify(keys, position, logits, proposal)
+    verdict = verify(keys, position, logits, proposal, _chain(proposal))
   (weights,) = drawn
   return verdict.num_accepted, weights
 
@@ -344,7 +349,9 @@ def test_following_rules_keep_what_the_target_would_have_chosen(name):
   tokens = np.asarray(proposal.tokens).copy()
   tokens[::2] = choice[::2, :3]
   proposal = proposal._replace(tokens=jnp.asarray(tokens))
-  verdict = verifiers.named(name).verify(keys, position, logits, proposal)
+  verdict = verifiers.named(name).verify(
+    keys, position, logits, proposal, _chain(proposal)
+  )
   for row in range(64):
     n = 0
     count = int(proposal.count[row])
@@ -361,7 +368,7 @@ def test_greedy_rows_of_a_sampled_batch_follow_the_arg_max(name):
   raw = jnp.asarray(rng.normal(size=(4, 4, 5)), jnp.float32)
   logits = sampling.processed_logits(raw, settings)
   best = np.asarray(raw).argmax(-1)
-  verify = jax.jit(verifiers.named(name).verify)
+  verify = jax.jit(verifiers.named(name).verify, static_argnums=4)
   keys, position = sampling.row_keys(0, jnp.arange(4)), jnp.arange(4)
   for wrong in range(4):
     tokens = best[:, :3].copy()
@@ -373,7 +380,7 @@ def test_greedy_rows_of_a_sampled_batch_follow_the_arg_max(name):
       jnp.full((4,), 3, jnp.int32),
       jnp.asarray(one_hot, jnp.float32),
     )
-    verdict = verify(keys, position, logits, proposal)
+    verdict = verify(keys, position, logits, proposal, _chain(proposal))
     for row in (0, 2):
       assert int(verdict.num_accepted[row]) == wrong
       assert int(verdict.next_token[row]) == best[row, wrong]
@@ -387,10 +394,11 @@ def test_rules_are_the_same_compiled_or_not_and_in_any_batch(name):
   position = jnp.asarray([3, 9, 1, 4], jnp.int32)
   logits = jax.random.normal(jax.random.key(1), (4, 4, 5))
   arguments = keys, position, logits, proposal
-  compiled = jax.jit(verify)(*arguments)
+  tree = _chain(proposal)
+  compiled = jax.jit(verify, static_argnums=4)(*arguments, tree)
   third = lambda tree: jax.tree.map(lambda x: x[2:3], tree)
   with jax.disable_jit():
-    alone = verify(*third(arguments))
+    alone = verify(*third(arguments), tree)
   chex.assert_trees_all_equal(third(compiled), alone)
 
 
@@ -401,7 +409,11 @@ def test_an_empty_draft_gives_one_token_of_the_target(name):
   )
   logits = jnp.where(jnp.arange(5) == 3, 0.0, -jnp.inf) + jnp.zeros((2, 1, 1))
   verdict = verifiers.named(name).verify(
-    sampling.row_keys(0, jnp.arange(2)), jnp.arange(2), logits, proposal
+    sampling.row_keys(0, jnp.arange(2)),
+    jnp.arange(2),
+    logits,
+    proposal,
+    _chain(proposal),
   )
   assert verdict.num_accepted.tolist() == [0, 0]
   assert verdict.next_token.tolist() == [3, 3]
@@ -413,16 +425,20 @@ def test_a_draft_from_the_target_is_always_kept():
   tokens = jax.random.randint(jax.random.key(1), (64, 3), 0, 5)
   proposal = verifiers.Proposal(tokens, jnp.full((64,), 3), p[:, :3])
   for verifier in (verifiers.TOKEN, verifiers.BLOCK):
-    verdict = jax.jit(verifier.verify)(
-      sampling.row_keys(0, jnp.arange(64)), jnp.arange(64), p, proposal
+    verdict = jax.jit(verifier.verify, static_argnums=4)(
+      sampling.row_keys(0, jnp.arange(64)),
+      jnp.arange(64),
+      p,
+      proposal,
+      _chain(proposal),
     )
     assert verdict.num_accepted.tolist() == [3] * 64
 
 
 def test_a_verifier_is_found_by_its_name():
   assert verifiers.named('block') is verifiers.BLOCK
-  with pytest.raises(ValueError, match='greedy, token, block, coupled'):
-    verifiers.named('typical')
+  with pytest.raises(ValueError, match='token, block, coupled, typical'):
+    verifiers.named('vibes')
 
 
 def test_accept_noise_is_new_in_every_round():

@@ -51,3 +51,24 @@ def test_initializers_of_equal_configs_are_one_object():
   one = kv_cache.initializer(fixtures.config(), jnp.bfloat16)
   assert one is kv_cache.initializer(fixtures.config(), jnp.bfloat16)
   assert one(2, 10).keys[0].shape == (2, 2, 128, 4)
+
+
+def test_an_accepted_path_is_moved_to_where_a_text_stands():
+  rng = np.random.default_rng(0)
+  config = fixtures.config()
+  cache = kv_cache.init(config, 2, 16)
+  full = jax.tree.map(
+    lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), cache
+  )._replace(length=jnp.asarray([9, 12]))
+  start, path = np.array([3, 5]), np.array([[0, 2, 5], [0, 1, 6]])
+  kept = kv_cache.keep(full, jnp.asarray(start), jnp.asarray(path))
+  assert kept.length.tolist() == [9, 12]
+  for got, old in zip(
+    kept.keys + kept.values, full.keys + full.values, strict=True
+  ):
+    right = np.array(old)
+    for row in range(2):
+      right[row, :, start[row] + np.arange(3)] = np.asarray(old)[
+        row, :, start[row] + path[row]
+      ]
+    np.testing.assert_array_equal(got, right)

@@ -263,3 +263,55 @@ def test_every_implementation_of_attention_gives_the_same_logits():
     chex.assert_trees_all_close(output, _whole('every'), atol=1e-4)
   with pytest.raises(ValueError, match="no implementation 'flash'"):
     transformer.apply_fn(config, 'flash')(params, tokens)
+
+
+@pytest.mark.parametrize('name', list(_CONFIGS))
+def test_a_tree_of_tokens_gives_what_each_path_gives(name):
+  """Windows and rotary positions follow the depth in the tree."""
+  config = _CONFIGS[name]
+  apply, params = transformer.apply_fn(config), fixtures.params(config)
+  parents = (-1, 0, 0, 1, 1, 2, 4)
+  ancestors = np.eye(7, dtype=bool)
+  for node, parent in enumerate(parents[1:], 1):
+    ancestors[node] |= ancestors[parent]
+  lengths = jnp.asarray([5, 3], jnp.int32)
+  cache = kv_cache.init(config, 2, 64)
+  _, cache = apply(params, jnp.asarray(_TOKENS[:, :5]), cache)
+  cache = kv_cache.roll_back(cache, lengths)
+  tree = np.random.default_rng(1).integers(0, 11, (2, 7))
+  output, grown = apply(
+    params, jnp.asarray(tree), cache, ancestors=jnp.asarray(ancestors)
+  )
+  assert grown.length.tolist() == [12, 10]
+  for node in range(7):
+    path = np.flatnonzero(ancestors[node])
+    alone, _ = apply(params, jnp.asarray(tree[:, path]), cache)
+    np.testing.assert_allclose(
+      output.logits[:, node], alone.logits[:, -1], atol=2e-5
+    )
+  with pytest.raises(ValueError, match='after a cache'):
+    apply(params, jnp.asarray(tree), ancestors=jnp.asarray(ancestors))
+
+
+@pytest.mark.parametrize('name', list(_CONFIGS))
+def test_segments_are_sequences_of_their_own(name):
+  config = _CONFIGS[name]
+  apply, params = transformer.apply_fn(config), fixtures.params(config)
+  segments = np.array([[1] * 5 + [2] * 7, [3] * 1 + [1] * 8 + [0] * 3])
+  output, _ = apply(
+    params, jnp.asarray(_TOKENS), segments=jnp.asarray(segments)
+  )
+  for row in range(2):
+    for segment in set(segments[row].tolist()):
+      own = np.flatnonzero(segments[row] == segment)
+      alone, _ = apply(params, jnp.asarray(_TOKENS[row : row + 1, own]))
+      np.testing.assert_allclose(
+        output.logits[row, own], alone.logits[0], atol=2e-5
+      )
+  with pytest.raises(ValueError, match='without a cache'):
+    apply(
+      params,
+      jnp.asarray(_TOKENS),
+      kv_cache.init(config, 2, 64),
+      segments=jnp.asarray(segments),
+    )

@@ -1,0 +1,398 @@
+"""Medusa heads, and trees of tokens through the real loop."""
+
+import dataclasses
+import functools
+
+import chex
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficiency_jax.decoding import drafters
+from efficiency_jax.decoding import medusa
+from efficiency_jax.decoding import sampling
+from efficiency_jax.decoding import schedule
+from efficiency_jax.decoding import speculative
+from efficiency_jax.decoding import token_tree
+from efficiency_jax.decoding import verifiers
+from efficiency_jax.evaluation import speed
+from efficiency_jax.models import transformer
+from tests import fixtures
+
+_TARGET = fixtures.config()
+_VOCAB = _TARGET.vocab_size
+_SLOTS = 64
+_PROMPTS = [[1, 2, 3, 1, 2], [7], [4, 9, 9, 4, 9, 9, 4]]
+_MIXED = {'temperature': [0.0, 1.0, 0.7], 'top_p': [1.0, 1.0, 0.9]}
+_TREE = token_tree.from_choices(
+  [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (1, 0, 1), (1, 0, 0)]
+)
+_HEADS = medusa.Heads(count=3)
+
+
+def _table(params):
+  return {'embedding': params['embedding']}
+
+
+@functools.cache
+def _weights(seed=0):
+  """The target, and heads that guess something of their own."""
+  target = fixtures.params(_TARGET)
+  heads = medusa.init(
+    _HEADS, jax.random.key(0), _TARGET.width, _VOCAB, _table(target)
+  )
+  rng = np.random.default_rng(seed)
+  noisy = lambda x: x + 0.5 * rng.standard_normal(x.shape).astype(np.float32)
+  return drafters.Weights(target, jax.tree.map(noisy, heads))
+
+
+def _decoder(verifier, *trees, drafter=None, **options):
+  drafter = drafter or medusa.Medusa(
+    heads=_HEADS, output_head=transformer.head_fn(_TARGET), trees=trees
+  )
+  lengths = tuple(sorted(len(tree) - 1 for tree in trees))
+  return speculative.Decoder(
+    apply=transformer.apply_fn(_TARGET),
+    drafter=drafter,
+    verifier=verifiers.named(verifier),
+    schedule=schedule.Schedule(lengths=options.get('lengths', lengths)),
+  )
+
+
+def _generate(decoder, prompts, budget, weights=None, **options):
+  budget = np.broadcast_to(budget, (len(prompts),))
+  longest = max(map(len, prompts)) + int(budget.max())
+  extra = _SLOTS - longest - decoder.slack
+  return fixtures.generate(
+    decoder,
+    weights or _weights(),
+    _TARGET,
+    prompts,
+    budget,
+    extra=extra,
+    **{'stop': (-1, -1), **options},
+  )
+
+
+def _plain(prompts, budget, **options):
+  room = _SLOTS - max(map(len, prompts))
+  params = fixtures.params(_TARGET)
+  return fixtures.plain_texts(
+    _TARGET, params, prompts, budget, room=room, **options
+  )
+
+
+# The heads.
+
+
+@pytest.mark.parametrize('own', [False, True])
+@pytest.mark.parametrize('rank', [0, 3])
+@pytest.mark.parametrize('blocks', [1, 2])
+@pytest.mark.parametrize('every', [False, True])
+def test_new_heads_guess_what_the_target_guesses(own, rank, blocks, every):
+  if own and rank:
+    with pytest.raises(ValueError, match='rank must be 0'):
+      medusa.Heads(own=own, rank=rank)
+    return
+  config = fixtures.every_option() if every else _TARGET
+  params = fixtures.params(config)
+  tokens = jnp.asarray([[1, 5, 2, 2], [3, 3, 0, 9]], jnp.int32)
+  output, _ = transformer.apply_fn(config)(params, tokens)
+  form = medusa.Heads(count=3, blocks=blocks, own=own, rank=rank)
+  name = 'embedding' if config.tie_embeddings else 'head'
+  heads = medusa.init(
+    form,
+    jax.random.key(0),
+    config.width,
+    config.vocab_size,
+    {name: params[name]},
+  )
+  head = transformer.head_fn(config)
+  got = medusa.logits(form, heads, output.hidden, head, params)
+  chex.assert_shape(got, (2, 4, 3, config.vocab_size))
+  np.testing.assert_array_equal(head(params, output.hidden), output.logits)
+  # Exact where the products have one shape; three heads at once have another.
+  exact = np.testing.assert_array_equal if own else None
+  for k in range(3):
+    if exact:
+      exact(got[:, :, k], output.logits)
+    np.testing.assert_allclose(got[:, :, k], output.logits, atol=1e-5)
+
+
+def test_a_head_is_the_formula_of_the_paper():
+  rng = np.random.default_rng(0)
+  hidden, w1, a, b = (
+    rng.standard_normal(s) for s in ((16,), (16, 16), (16, 2), (2, _VOCAB))
+  )
+  form = medusa.Heads(count=1, rank=2)
+  heads = {
+    'head_0': {
+      'block_0': {'kernel': jnp.asarray(w1, jnp.float32)},
+      'down': {'kernel': jnp.asarray(a, jnp.float32)},
+      'up': {'kernel': jnp.asarray(b, jnp.float32)},
+    }
+  }
+  params = fixtures.params(_TARGET)
+  got = medusa.logits(
+    form,
+    heads,
+    jnp.asarray(hidden, jnp.float32),
+    transformer.head_fn(_TARGET),
+    params,
+  )
+  inner = hidden @ w1
+  x = hidden + inner / (1 + np.exp(-inner))
+  table = np.asarray(params['embedding']['table'], np.float64)
+  np.testing.assert_allclose(got[0], table @ x + x @ a @ b, rtol=2e-4)
+
+
+def test_what_is_no_form_or_tree_is_refused():
+  with pytest.raises(ValueError, match='count and blocks must be >= 1'):
+    medusa.Heads(count=0)
+  with pytest.raises(ValueError, match='height 3 needs as many heads, got 2'):
+    medusa.Medusa(heads=medusa.Heads(count=2), output_head=None, trees=(_TREE,))
+  with pytest.raises(ValueError, match='differ in size'):
+    medusa.Medusa(heads=_HEADS, output_head=None, trees=(_TREE, _TREE))
+  with pytest.raises(ValueError, match="verifier 'block' takes no trees"):
+    _decoder('block', _TREE)
+  with pytest.raises(ValueError, match='no tree has 4 tokens'):
+    _decoder('greedy', _TREE).drafter.tree(4)
+
+
+# The loop.
+
+_prompt = st.lists(st.integers(0, _VOCAB - 1), min_size=1, max_size=10)
+
+
+@pytest.mark.parametrize('verifier', ['greedy', 'coupled'])
+def test_text_is_that_of_plain_decoding(verifier):
+  decoder = _decoder(verifier, _TREE)
+  settings = sampling.make(3, **_MIXED) if verifier == 'coupled' else None
+
+  @hypothesis.given(
+    st.lists(_prompt, min_size=3, max_size=3),
+    st.lists(st.integers(0, 24), min_size=3, max_size=3),
+    st.tuples(st.integers(-1, _VOCAB - 1), st.integers(-1, 3)),
+    st.integers(0, 100),
+  )
+  @hypothesis.settings(max_examples=10)
+  @hypothesis.example(_PROMPTS, [24, 0, 24], (-1, -1), 3)
+  def check(prompts, budget, stop, seed):
+    options = {'stop': stop, 'seed': seed, 'settings': settings}
+    expected = _plain(prompts, budget, **options)
+    state = _generate(decoder, prompts, budget, **options)
+    assert fixtures.texts(state) == expected
+    c = jax.tree.map(np.asarray, state.counters)
+    for row, (prompt, text) in enumerate(zip(prompts, expected, strict=True)):
+      span = slice(len(prompt), len(text))
+      accepted = np.asarray(state.accepted_draft)[row, span]
+      assert accepted.sum() == c.accepted[row] == c.accepted_at[row].sum()
+      assert c.drafted[row] <= c.runs[row] * (len(_TREE) - 1)
+      assert len(text) - len(prompt) <= c.accepted[row] + c.runs[row]
+      assert (c.tested_at[row, 1:] <= c.accepted_at[row, :-1]).all()
+      refused = np.asarray(state.refused)[row, span]
+      assert (refused >= 0).sum() == (c.tested_at - c.accepted_at)[row].sum()
+
+  check()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Knowing(drafters.Chain):
+  """Puts the next tokens of known texts on one branch, others elsewhere."""
+
+  texts: tuple[tuple[int, ...], ...]
+  shape: token_tree.TokenTree
+  branch: tuple[int, ...]  # nodes
+  name: str = 'knowing'
+  num_kinds: int = 1
+
+  def tree(self, length):
+    return self.shape
+
+  def init(self, weights, context, longest, hidden=None):
+    return ()
+
+  def propose(self, weights, state, cache, context, length, purpose):
+    known = jnp.asarray(self.texts, jnp.int32)
+    place = context.length[:, None] + jnp.arange(self.shape.height)
+    place = jnp.minimum(place, known.shape[1] - 1)
+    right = jnp.take_along_axis(known, place, axis=1)
+    depth = self.shape.depth[1:] - 1
+    on_branch = np.isin(np.arange(1, len(self.shape)), self.branch)
+    # What is not on the branch is wrong, each sibling in its own way.
+    wrong = (right[:, depth] + 1 + self.shape.rank[1:]) % _VOCAB
+    tokens = jnp.where(on_branch, right[:, depth], wrong)
+    count = jnp.full(context.length.shape, length, jnp.int32)
+    return verifiers.Proposal(tokens, count, None), state, cache
+
+  def observe(self, state, context, longest, features=None):
+    zero = jnp.zeros_like(context.length)
+    return state, drafters.Forecast(zero + longest, zero)
+
+
+@pytest.mark.parametrize('node', [0, 2, 5, 9])
+def test_the_accepted_path_is_kept_and_the_cache_is_that_of_a_text(node):
+  """Whichever path is right; keys and values stand where decoding puts them."""
+  texts = _plain(_PROMPTS, 26)
+  padded = tuple(tuple(t + [0] * (40 - len(t))) for t in texts)
+  branch = tuple(np.flatnonzero(_TREE.ancestors[node]).tolist())
+  drafter = _Knowing(padded, _TREE, branch)
+  decoder = _decoder('greedy', _TREE, drafter=drafter)
+  state = _generate(decoder, _PROMPTS, 20)
+  expected = [t[: len(p) + 20] for t, p in zip(texts, _PROMPTS, strict=True)]
+  assert fixtures.texts(state) == expected
+  depth = int(_TREE.depth[node])
+  rounds = -(-20 // (depth + 1))
+  assert state.counters.runs.tolist() == [rounds] * 3
+  # The last round is cut at the budget.
+  accepted = 20 // (depth + 1) * depth + 20 % (depth + 1)
+  assert state.counters.accepted.tolist() == [accepted] * 3
+  plain = _generate(
+    _decoder('greedy', drafter=drafters.Nothing(), lengths=(0,)), _PROMPTS, 20
+  )
+  for row, text in enumerate(expected):
+    for got, right in zip(
+      state.cache.keys + state.cache.values,
+      plain.cache.keys + plain.cache.values,
+      strict=True,
+    ):
+      seen = slice(0, len(text) - 1)
+      np.testing.assert_allclose(
+        got[row, :, seen], right[row, :, seen], atol=1e-5
+      )
+
+
+class _Branching(token_tree.TokenTree):
+  """A chain that goes the way of trees."""
+
+  is_chain = False
+
+
+def test_a_tree_with_one_path_is_the_chain():
+  texts = _plain(_PROMPTS, 30)
+  padded = tuple(tuple(t + [0] * (40 - len(t))) for t in texts)
+  states = []
+  for shape in (token_tree.chain(3), _Branching((-1, 0, 1, 2))):
+    drafter = _Knowing(padded, shape, (0, 1, 2))  # two right, one wrong
+    decoder = _decoder('greedy', shape, drafter=drafter)
+    state = _generate(decoder, _PROMPTS, 20)
+    states.append(
+      [
+        fixtures.texts(state),
+        state.counters._replace(chosen=0),
+        *(
+          np.where(np.asarray(state.run) > 0, x, 0)
+          for x in (state.accepted_draft, state.run, state.refused)
+        ),
+      ]
+    )
+  chex.assert_trees_all_equal(*states)
+
+
+def test_trees_adapt_and_stop_at_plain_decoding():
+  small = token_tree.from_choices([(0,), (1,)])
+  decoder = _decoder('coupled', _TREE, small, lengths=(0, 2, 9))
+  settings = sampling.make(3, **_MIXED)
+  expected = _plain(_PROMPTS, 24, settings=settings, seed=5)
+  for forced in range(3):
+    state = _generate(
+      decoder, _PROMPTS, 24, settings=settings, seed=5, forced=forced
+    )
+    assert fixtures.texts(state) == expected
+    assert int(state.counters.chosen[forced]) == state.counters.chosen.sum()
+
+
+def test_a_repetition_penalty_follows_each_branch():
+  decoder = _decoder('coupled', _TREE)
+  settings = sampling.make(3, **_MIXED, repetition_penalty=1.7)
+  expected = _plain(_PROMPTS, 24, settings=settings, seed=2)
+  state = _generate(decoder, _PROMPTS, 24, settings=settings, seed=2)
+  assert fixtures.texts(state) == expected
+
+
+def test_the_state_that_drafts_is_that_of_the_text():
+  """Guesses come from the position before the last committed token."""
+  decoder = _decoder('coupled', _TREE)
+  settings = sampling.make(3, temperature=1.0)
+  for rounds in (0, 1, 4):
+    state = _generate(
+      decoder, _PROMPTS, 24, settings=settings, max_rounds=rounds
+    )
+    apply = transformer.apply_fn(_TARGET)
+    for row, text in enumerate(fixtures.texts(state)):
+      if len(text) == 1:
+        assert (np.asarray(state.draft[row]) == 0).all()
+        continue
+      tokens = jnp.asarray([text[:-1]], jnp.int32)
+      output, _ = apply(_weights().target, tokens)
+      np.testing.assert_allclose(
+        state.draft[row], output.hidden[0, -1], atol=1e-5
+      )
+
+
+def test_a_round_of_a_tree_copies_no_cache():
+  decoder = _decoder('greedy', _TREE)
+  state = fixtures.begin(decoder, _weights(), _TARGET, _PROMPTS, 170)
+  cache = state.cache.keys[0].shape
+  arguments = (
+    decoder,
+    _weights(),
+    state,
+    jnp.int32(9),
+    jnp.ones(1),
+    jnp.int32(0),
+  )
+  program = speculative.run.lower(*arguments).compile().as_text()
+  found = speed.loop_operations(program)
+  assert found
+  assert not found['copy', cache]
+
+
+# Typical acceptance.
+
+
+def test_typical_acceptance_is_that_of_the_paper():
+  rng = np.random.default_rng(0)
+  shape = (40, len(_TREE), _VOCAB)
+  logits = 2 * rng.standard_normal(shape).astype(np.float32)
+  tokens = rng.integers(0, 4, (40, len(_TREE) - 1)).astype(np.int32)
+  verdict = verifiers.TYPICAL.verify(
+    sampling.row_keys(0, jnp.arange(40)),
+    jnp.arange(40),
+    jnp.asarray(logits),
+    verifiers.Proposal(jnp.asarray(tokens), jnp.full((40,), 9), None),
+    _TREE,
+  )
+  depths = set()
+  for row in range(40):
+    p = np.exp(logits[row] - logits[row].max(-1, keepdims=True), dtype=float)
+    p /= p.sum(-1, keepdims=True)
+    bound = np.minimum(0.09, 0.3 * np.exp((p * np.log(p)).sum(-1)))
+    best = (0, 0.0, 0)
+    for node in range(len(_TREE)):
+      way = _TREE.paths[node][: _TREE.depth[node] + 1]
+      chances = [
+        (p[a, tokens[row, b - 1]], bound[a])
+        for a, b in zip(way[:-1], way[1:], strict=True)
+      ]
+      if all(chance > limit for chance, limit in chances):
+        weight = sum(np.log(chance) for chance, _ in chances)
+        best = max(best, (len(chances), weight, -node))
+    assert int(verdict.num_accepted[row]) == best[0]
+    if best[0]:
+      assert int(verdict.node[row]) == -best[2]
+    depths.add(best[0])
+  assert depths >= {0, 1, 2}
+
+
+def test_typical_greedy_rows_are_exact():
+  decoder = _decoder('typical', _TREE)
+  settings = sampling.make(3, temperature=[0.0, 1.0, 0.0])
+  state = _generate(decoder, _PROMPTS, 24, settings=settings)
+  expected = _plain(_PROMPTS, 24)
+  texts = fixtures.texts(state)
+  assert [texts[0], texts[2]] == [expected[0], expected[2]]
+  assert decoder.verifier.guarantee == 'none'
