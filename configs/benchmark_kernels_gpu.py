@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.sparse = ()  # the Hopper kernel takes no tile lists yet
   config.sparse_density = 0.25
   config.sparse_implementation = 'blockwise'
-  config.decode = ('blockwise',)
+  config.decode = ('blockwise', 'mosaic_gpu')
   config.decode_queries = (1, 64)
   config.decode_slots = (8192,)
   config.decode_batch = 64

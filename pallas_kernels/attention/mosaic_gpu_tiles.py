@@ -105,8 +105,12 @@ def left_side(x, dtype, staged):
 
 def tiled(shape, dtype):
   """Shared memory in the layout that TMA writes and wgmma reads."""
-  items = 128 // jnp.dtype(dtype).itemsize  # of the 128 bytes that are swizzled
-  transforms = plgpu.TilingTransform((8, items)), plgpu.SwizzleTransform(128)
+  size = jnp.dtype(dtype).itemsize
+  swizzled = min(128, shape[-1] * size)  # bytes
+  transforms = (
+    plgpu.TilingTransform((8, swizzled // size)),
+    plgpu.SwizzleTransform(swizzled),
+  )
   return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 

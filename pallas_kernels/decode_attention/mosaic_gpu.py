@@ -15,6 +15,17 @@ cache is the work. A row's tiles are shared out evenly among the parts
 results. What queries see of the tiles that hold new tokens is looked up in an
 array of ones and zeros, made before; earlier tiles are seen whole, or from the
 window on.
+
+An int8 cache is copied as it is, half the bytes. Warpgroup 0 widens a tile to
+the dtype of q, in which its integers are exact, before it multiplies:
+
+    HBM               the ring          shared memory    registers
+    k [m, D] int8 --> k slot ---------> k wide --------> s = q k' s_k
+    v [m, D] int8 --> v slot ---------> v wide --------> o += (p s_v) v
+    scales [m] -----> beside them -----------------------^
+
+A scale of k is a factor of a column of scores, one of v of a column of weights,
+so no product with a scale is rounded but that of the weight.
 """
 
 import functools
@@ -37,6 +48,10 @@ from pallas_kernels.decode_attention import blockwise
 ROWS = 64  # queries of a block: the height of a wgmma
 COLUMNS = 64  # slots of a tile
 STEPS = 3  # slots of the ring
+# A power of two near the largest integer of a cache. Scales grow by it, and the
+# sums shrink: float16 has few digits left for weights times scales as they are,
+# and room for all times the largest value that a scale stands for.
+_LARGEST = 128.0
 _MULTIPROCESSORS = 132  # of an H100 or H200; each holds one block
 _WIDTHS = (64, 128)
 
@@ -58,16 +73,15 @@ def attention(
   `interpret` runs it without a GPU, as `plgpu.kernel` does.
 
   Raises:
-    NotImplementedError: The cache is int8 or its slots are not whole tiles, or
-      the dtype or the width of a head is not one of this kernel.
+    NotImplementedError: The slots of the cache are not whole tiles, or the
+      dtype or the width of a head is not one of this kernel.
   """
   batch, time, _, width = q.shape
   kv_heads, slots = k.shape[1:3]
-  if k_scales is not None or v_scales is not None:
-    raise NotImplementedError('an int8 cache is not in this kernel.')
+  quantized = k_scales is not None
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     raise NotImplementedError(f'{q.dtype} is not a dtype of this kernel.')
-  if not q.dtype == k.dtype == v.dtype:
+  if not quantized and not q.dtype == k.dtype == v.dtype:
     raise NotImplementedError(
       f'q, k and v are of different dtypes: {q.dtype}, {k.dtype}, {v.dtype}.'
     )
@@ -89,26 +103,14 @@ def attention(
   # Fewer queries than a tile has rows: only so many results are written.
   kept = -(-min(used_rows, ROWS) // 8) * 8
   head = batch, kv_heads, row_tiles, splits
+  scales = [k_scales, v_scales * _LARGEST] if quantized else []
   out, lse = plgpu.kernel(
     functools.partial(_kernel, rule=rule, splits=splits, row_tiles=row_tiles),
     out_type=[
       shards.out_shape((*head, kept, width), jnp.float32, q),
       shards.out_shape((*head, ROWS), jnp.float32, q),
     ],
-    scratch_types=[
-      tiles.tiled((ROWS, width), q.dtype),
-      tiles.tiled((STEPS, COLUMNS, width), q.dtype),
-      tiles.tiled((STEPS, COLUMNS, width), q.dtype),
-      tiles.tiled((ROWS, width), jnp.float32),
-      plgpu.SMEM((ROWS,), jnp.float32),
-      plgpu.Barrier(),
-      plgpu.Barrier(num_barriers=STEPS),
-      plgpu.Barrier(num_barriers=STEPS),
-      plgpu.Barrier(num_barriers=STEPS),
-      plgpu.Barrier(num_barriers=STEPS),
-      # The interpreter multiplies from shared memory only.
-      *[tiles.tiled((ROWS, COLUMNS), q.dtype)] * bool(interpret),
-    ],
+    scratch_types=_scratch(q.dtype, width, quantized, bool(interpret)),
     grid=(kv_heads * row_tiles, splits, batch),
     grid_names=('head', 'part', 'batch'),
     num_threads=2,
@@ -117,7 +119,7 @@ def attention(
       approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
     ),
     interpret=interpret,
-  )(limits.offset, limits.kv_length, low, tail, rows, k, v)
+  )(limits.offset, limits.kv_length, low, tail, rows, k, v, *scales)
   # [B, K, rows, parts] of each part's results, to parts of [B, K, G T].
   out = jnp.moveaxis(out, 3, 0).reshape(splits, batch, kv_heads, -1, width)
   lse = jnp.moveaxis(lse[..., :kept], 3, 0)
@@ -129,6 +131,36 @@ def attention(
   ]
   out, lse = parts[0] if splits == 1 else merge(parts)
   return out.astype(q.dtype), lse
+
+
+def _scratch(dtype, width, quantized, interpreted):
+  """Shared memory and barriers, by the names of `_kernel`."""
+  stored = jnp.int8 if quantized else dtype
+  ring = lambda arrivals=1: plgpu.Barrier(
+    num_arrivals=arrivals, num_barriers=STEPS
+  )
+  scratch = {
+    'q_smem': tiles.tiled((ROWS, width), dtype),
+    'k_smem': tiles.tiled((STEPS, COLUMNS, width), stored),
+    'v_smem': tiles.tiled((STEPS, COLUMNS, width), stored),
+    'out_smem': tiles.tiled((ROWS, width), jnp.float32),
+    'lse_smem': plgpu.SMEM((ROWS,), jnp.float32),
+    'q_loaded': plgpu.Barrier(),
+    'k_loaded': ring(1 + quantized),  # the scales arrive by themselves
+    'v_loaded': ring(1 + quantized),
+    'k_used': ring(),
+    'v_used': ring(),
+  }
+  if quantized:
+    scratch |= {
+      'k_scales_smem': plgpu.SMEM((STEPS, COLUMNS), jnp.float32),
+      'v_scales_smem': plgpu.SMEM((STEPS, COLUMNS), jnp.float32),
+      'wide_smem': tiles.tiled((COLUMNS, width), dtype),
+    }
+  if interpreted:
+    # The interpreter multiplies from shared memory only.
+    scratch['weights_smem'] = tiles.tiled((ROWS, COLUMNS), dtype)
+  return scratch
 
 
 def _sight(rule, limits, time, count, used_rows, slots):
@@ -174,8 +206,7 @@ def _kernel(
   q_ref,
   k_ref,
   v_ref,
-  out_ref,
-  lse_ref,
+  *refs,
   q_smem,
   k_smem,
   v_smem,
@@ -186,13 +217,21 @@ def _kernel(
   v_loaded,
   k_used,
   v_used,
+  k_scales_smem=None,
+  v_scales_smem=None,
+  wide_smem=None,
   weights_smem=None,
-  *,
   rule: masks.Rule,
   splits: int,
   row_tiles: int,
 ):
-  """64 queries of one key head over one part of the cache."""
+  """64 queries of one key head over one part of the cache.
+
+  `refs` are the scales of keys and of values, if the cache is int8, and the
+  results: out and log-sum-exp.
+  """
+  *scales_refs, out_ref, lse_ref = refs
+  quantized = bool(scales_refs)
   batch, part = lax.axis_index('batch'), lax.axis_index('part')
   head = lax.div(lax.axis_index('head'), jnp.int32(row_tiles))
   row_tile = lax.rem(lax.axis_index('head'), jnp.int32(row_tiles))
@@ -214,16 +253,21 @@ def _kernel(
   def _():
     plgpu.set_max_registers(40, action='decrease')
     copy = plgpu.copy_gmem_to_smem
+    keys, values = [(k_ref, k_smem)], [(v_ref, v_smem)]
+    if quantized:
+      keys.append((scales_refs[0], k_scales_smem))
+      values.append((scales_refs[1], v_scales_smem))
+    rings = (keys, k_loaded, k_used), (values, v_loaded, v_used)
 
     def load(n, carry):
       slot = slot_of(n)
       tile = batch, head, pl.ds(n * COLUMNS, COLUMNS)
       # The first round finds the ring empty: nobody will say so.
       again = n >= low + STEPS
-      pl.when(again)(lambda: plgpu.barrier_wait(k_used.at[slot]))
-      copy(k_ref.at[tile], k_smem.at[slot], k_loaded.at[slot])
-      pl.when(again)(lambda: plgpu.barrier_wait(v_used.at[slot]))
-      copy(v_ref.at[tile], v_smem.at[slot], v_loaded.at[slot])
+      for arrays, loaded, used in rings:
+        pl.when(again)(functools.partial(plgpu.barrier_wait, used.at[slot]))
+        for ref, smem in arrays:
+          copy(ref.at[tile], smem.at[slot], loaded.at[slot])
       return carry
 
     lax.fori_loop(low, high, load, None)
@@ -243,16 +287,32 @@ def _kernel(
       jnp.full(shape, value, jnp.float32), layout
     )
 
+    def widened(tile):
+      """A tile of the cache in the dtype of q, for the tensor cores."""
+      if not quantized:
+        return tile
+      wide_smem[...] = compat.load(
+        tile, plgpu.Layout.WGMMA_8BIT, optimized=False
+      ).astype(wide_smem.dtype)
+      plgpu.commit_smem()
+      return wide_smem
+
     def step(n, carry, in_tail):
       out, largest, total = carry
       slot = slot_of(n)
       plgpu.barrier_wait(k_loaded.at[slot])
+      if quantized:
+        # Before the fence in `widened`: the next copy must see it as read.
+        scales = compat.load(k_scales_smem.at[slot], layout.reduce(0))
+      keys = widened(k_smem.at[slot])
 
       def score(acc):
-        plgpu.wgmma(acc, q_smem, compat.transposed(k_smem.at[slot]))
+        plgpu.wgmma(acc, q_smem, compat.transposed(keys))
         return acc[...]
 
       scores = pl.run_scoped(score, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
+      if quantized:
+        scores = scores * lax.broadcast_in_dim(scales, scores.shape, [1])
       plgpu.barrier_arrive(k_used.at[slot])
       scores = tiles.scaled(rule, scores)
       if in_tail:
@@ -274,22 +334,31 @@ def _kernel(
       shrink = jnp.exp2(largest - safe)
       weights = jnp.exp2(scores - lax.broadcast_in_dim(safe, scores.shape, [0]))
       total = total * shrink + weights.sum(axis=1)
-      narrow = weights.astype(q_smem.dtype)
       plgpu.barrier_wait(v_loaded.at[slot])
-      if in_tail or rule.window is not None:
-        # A slot that no query sees may hold NaN, and 0 times NaN is NaN.
-        values = compat.load(v_smem.at[slot], layout, optimized=False)
-        key = iota((COLUMNS, width), 0) + n * COLUMNS
-        used = (key >= lowest) & (key < length)
-        v_smem.at[slot][...] = jnp.where(used, values, jnp.zeros_like(values))
+      # A slot that no query sees may hold NaN, and 0 times NaN is NaN.
+      cleaned = in_tail or rule.window is not None
+      used = lambda key: (key >= lowest) & (key < length)
+      if quantized:
+        scales = compat.load(v_scales_smem.at[slot], layout.reduce(0))
+        scales = lax.broadcast_in_dim(scales, weights.shape, [1])
+        if cleaned:
+          seen = used(iota(weights.shape, 1) + n * COLUMNS)
+          scales = jnp.where(seen, scales, 0.0)
+        weights = weights * scales
+      elif cleaned:
+        held = compat.load(v_smem.at[slot], layout, optimized=False)
+        seen = used(iota(held.shape, 0) + n * COLUMNS)
+        v_smem.at[slot][...] = jnp.where(seen, held, jnp.zeros_like(held))
         plgpu.commit_smem()
+      values = widened(v_smem.at[slot])
+      narrow = weights.astype(q_smem.dtype)
       if weights_smem is not None:
         weights_smem[...] = narrow
         plgpu.commit_smem()
         narrow = weights_smem
 
       def gain(acc):
-        plgpu.wgmma(acc, narrow, v_smem.at[slot])
+        plgpu.wgmma(acc, narrow, values)
         return acc[...]
 
       gained = pl.run_scoped(gain, plgpu.ACC((ROWS, width), jnp.float32))
@@ -308,7 +377,8 @@ def _kernel(
     out, largest, total = lax.fori_loop(border, high, tail, carry)
 
     total_or_one = jnp.where(total == 0.0, 1.0, total)
-    out_smem[...] = out / lax.broadcast_in_dim(total_or_one, out.shape, [0])
+    divisor = total_or_one * _LARGEST if quantized else total_or_one
+    out_smem[...] = out / lax.broadcast_in_dim(divisor, out.shape, [0])
     # Back from the base 2; an empty row keeps its -inf.
     lse_smem[...] = (largest + jnp.log2(total_or_one)) * math.log(2)
     plgpu.commit_smem()

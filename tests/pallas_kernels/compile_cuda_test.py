@@ -53,6 +53,17 @@ def _decode(dtype, time, slots, heads, kv_heads, width, batch=4, **options):
   return run, [*shapes, ((batch,), jnp.int32)]
 
 
+def _decode_int8(*args, **options):
+  run, (q, k, v, length) = _decode(*args, **options)
+  shape = k[0]
+  narrow, scales = (shape, jnp.int8), (shape[:3], jnp.float32)
+
+  def scaled(q, k, v, length, k_scales, v_scales):
+    return run(q, k, v, length, k_scales=k_scales, v_scales=v_scales)
+
+  return scaled, [q, narrow, narrow, length, scales, scales]
+
+
 def _int8(dtype, m, k, n):
   run = functools.partial(
     int8_matmul.int8_matmul, implementation='mosaic_gpu', out_dtype=dtype
@@ -98,6 +109,15 @@ CASES = {
   ),
   'decode, f16, window, width 64': _decode(
     jnp.float16, 4, 8192, 9, 3, 64, batch=1, window=4096
+  ),
+  'decode, int8 cache, bf16, one query': _decode_int8(
+    jnp.bfloat16, 1, 8192, 32, 8, 128
+  ),
+  'decode, int8 cache, bf16, tree of 64': _decode_int8(
+    jnp.bfloat16, 64, 8192, 32, 8, 128, ancestors=jnp.eye(64, dtype=bool)
+  ),
+  'decode, int8 cache, f16, window, width 64': _decode_int8(
+    jnp.float16, 4, 8192, 9, 3, 64, batch=1, window=4096, softcap=30.0
   ),
   'int8, bf16, 8192^3': _int8(jnp.bfloat16, 8192, 8192, 8192),
   'int8, f32, odd sizes': _int8(jnp.float32, 33, 1000, 130),

@@ -27,6 +27,27 @@ CASES = {
   'tree, window': {'time': 6, 'tree': (-1, 0, 0, 1, 1, 2), 'window': 2},
   'more rows than a tile': {'time': 33, 'heads': (2, 1), 'length': (250, 40)},
   'width 128': {'width': 128, 'dtype': jnp.float16, 'time': 3},
+  'int8, grouped, in two parts': {
+    'int8': 0.02,
+    'heads': (4, 1),
+    'time': 2,
+    'splits': 2,
+  },
+  'int8, window, an empty row': {
+    'int8': 0.02,
+    'window': 40,
+    'time': 4,
+    'length': (200, 0),
+    'width': 128,
+  },
+  'int8, tree, softcap': {
+    'int8': 0.02,
+    'time': 6,
+    'tree': (-1, 0, 0, 1, 1, 2),
+    'softcap': 2.0,
+  },
+  # Weights times scales as they are would be subnormal numbers of float16.
+  'int8, float16, small values': {'int8': 3e-6, 'dtype': jnp.float16},
 }
 
 
@@ -40,6 +61,7 @@ def _case(
   tree=None,
   splits=1,
   scale=0.125,
+  int8=0.0,
   **options,
 ):
   rng = np.random.default_rng(0)
@@ -48,6 +70,16 @@ def _case(
     jnp.asarray(rng.standard_normal((2, heads[1], slots, width)), dtype)
     for _ in range(2)
   )
+  scales = None, None
+  if int8:
+    k, v = (
+      jnp.asarray(rng.integers(-127, 128, k.shape), jnp.int8) for _ in range(2)
+    )
+    # Keys of a usual size, so that the scores are.
+    scales = [
+      jnp.asarray(rng.uniform(0.2, 1, k.shape[:3]) * size, jnp.float32)
+      for size in (0.02, int8)
+    ]
   ancestors = None
   if tree is not None:
     ancestors = np.eye(time, dtype=bool)
@@ -57,7 +89,7 @@ def _case(
   length = jnp.asarray(length, jnp.int32)
   limits = masks.Limits(length - time, length, None, None, ancestors)
   rule = masks.Rule(scale=scale, causal=True, **options)
-  return rule, splits, (q, k, v, limits)
+  return rule, splits, (q, k, v, limits, *scales)
 
 
 def _run(rule, splits, arrays, **options):
@@ -65,17 +97,15 @@ def _run(rule, splits, arrays, **options):
     rule,
     splits,
     *arrays,
-    None,
-    None,
     interpret=hopper.interpreter(**options),
   )
 
 
 def _exact(rule, arrays):
   """From float32 copies of the inputs."""
-  q, k, v, limits = arrays
+  q, k, v, *rest = arrays
   wide = (x.astype(jnp.float32) for x in (q, k, v))
-  return reference.attention(rule, 1, *wide, limits, None, None)
+  return reference.attention(rule, 1, *wide, *rest)
 
 
 def _error(got, exact):
@@ -99,9 +129,10 @@ def test_it_is_the_formula(case):
 
 
 @hopper.needs_interpreter
-def test_it_has_no_races():
+@pytest.mark.parametrize('int8', [0.0, 0.02])
+def test_it_has_no_races(int8):
   # More tiles a part than the ring has slots.
-  rule, _, arrays = _case(time=2, slots=512, length=(512, 100))
+  rule, _, arrays = _case(time=2, slots=512, length=(512, 100), int8=int8)
   out, _ = _run(rule, 1, arrays, detect_races=True)
   assert not hopper.races_found()
   assert _error(out, _exact(rule, arrays)[0]) < 0.01
@@ -110,15 +141,37 @@ def test_it_has_no_races():
 @hopper.needs_interpreter
 @pytest.mark.parametrize('window', [None, 50])
 def test_what_unseen_slots_hold_does_not_matter(window):
-  rule, splits, (q, k, v, limits) = _case(time=3, window=window)
-  clean = _run(rule, splits, (q, k, v, limits))
+  rule, splits, (q, k, v, limits, *none) = _case(time=3, window=window)
+  clean = _run(rule, splits, (q, k, v, limits, *none))
+  seen = _seen(limits, window)
+  k, v = (jnp.where(seen[..., None], x, jnp.nan) for x in (k, v))
+  unclean = _run(rule, splits, (q, k, v, limits, *none))
+  for got, right in zip(unclean, clean, strict=True):
+    np.testing.assert_array_equal(got, right)
+
+
+@hopper.needs_interpreter
+@pytest.mark.parametrize('bad', [jnp.nan, jnp.inf])
+@pytest.mark.parametrize('window', [None, 50])
+def test_what_unseen_scales_hold_does_not_matter(window, bad):
+  rule, splits, (*arrays, limits, k_scales, v_scales) = _case(
+    time=3, window=window, int8=0.02
+  )
+  clean = _run(rule, splits, (*arrays, limits, k_scales, v_scales))
+  seen = _seen(limits, window)
+  scales = (jnp.where(seen, x, bad) for x in (k_scales, v_scales))
+  unclean = _run(rule, splits, (*arrays, limits, *scales))
+  for got, right in zip(unclean, clean, strict=True):
+    np.testing.assert_array_equal(got, right)
+
+
+def _seen(limits, window):
+  """Slots that some query of a row sees, [B, 1, S]."""
   slot = jnp.arange(256)[None]
   seen = slot < limits.kv_length[:, None]
   if window:
     seen &= slot > limits.offset[:, None] - window
-  k, v = (jnp.where(seen[:, None, :, None], x, jnp.nan) for x in (k, v))
-  for got, right in zip(_run(rule, splits, (q, k, v, limits)), clean):
-    np.testing.assert_array_equal(got, right)
+  return seen[:, None]
 
 
 @pytest.mark.parametrize('implementation', [None, 'mosaic_gpu'])
@@ -133,6 +186,20 @@ def test_it_lowers_for_cuda_with_the_kernel(implementation):
   assert 'custom_call @mosaic_gpu' in lowered
 
 
+@pytest.mark.parametrize('width', [64, 128])
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_an_int8_cache_lowers_for_cuda_with_the_kernel(dtype, width):
+  shape = jax.ShapeDtypeStruct
+  cache = shape((2, 2, 512, width), jnp.int8)
+  scales = shape((2, 2, 512), jnp.float32)
+  run = lambda q, k, v, length, k_scales, v_scales: api.decode_attention(
+    q, k, v, length, k_scales=k_scales, v_scales=v_scales
+  )
+  q, length = shape((2, 4, 8, width), dtype), shape((2,), jnp.int32)
+  lowered = hopper.lower(run, q, cache, cache, length, scales, scales)
+  assert 'custom_call @mosaic_gpu' in lowered
+
+
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
@@ -144,6 +211,4 @@ def test_it_lowers_for_cuda_with_the_kernel(implementation):
 def test_what_it_does_not_take_is_said(change, message):
   rule, splits, arrays = _case(**change)
   with pytest.raises(NotImplementedError, match=message):
-    mosaic_gpu.attention(rule, splits, *arrays, None, None)
-  with pytest.raises(NotImplementedError, match='int8 cache'):
-    mosaic_gpu.attention(rule, splits, *arrays, jnp.ones(1), jnp.ones(1))
+    mosaic_gpu.attention(rule, splits, *arrays)
