@@ -43,7 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.decode_batch = 64
   config.products = ('blockwise', 'mosaic_gpu')
   config.int8 = ((8192, 8192, 8192), (16, 8192, 8192))
-  config.products_of_weights = ('blockwise',)
+  config.products_of_weights = ('blockwise', 'mosaic_gpu')
   config.dequant = ((1, 8192, 8192), (128, 8192, 8192))
   config.binary = ((8192, 8192, 8192),)
   config.machine_size = 8192

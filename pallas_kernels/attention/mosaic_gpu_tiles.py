@@ -103,10 +103,13 @@ def left_side(x, dtype, staged):
   return staged
 
 
-def tiled(shape, dtype):
-  """Shared memory in the layout that TMA writes and wgmma reads."""
+def tiled(shape, dtype, swizzle: int = 128):
+  """Shared memory in the layout that TMA writes and wgmma reads.
+
+  Of a row `swizzle` bytes lie together: 128, 64 or 32.
+  """
   size = jnp.dtype(dtype).itemsize
-  swizzled = min(128, shape[-1] * size)  # bytes
+  swizzled = min(swizzle, shape[-1] * size)
   transforms = (
     plgpu.TilingTransform((8, swizzled // size)),
     plgpu.SwizzleTransform(swizzled),

@@ -19,6 +19,7 @@ from pallas_kernels import dispatch
 from pallas_kernels import shards
 from pallas_kernels.dequant_matmul import blockwise
 from pallas_kernels.dequant_matmul import formats
+from pallas_kernels.dequant_matmul import mosaic_gpu
 from pallas_kernels.dequant_matmul import mosaic_tpu
 from pallas_kernels.dequant_matmul import reference
 
@@ -26,6 +27,7 @@ IMPLEMENTATIONS = {
   'reference': reference.dequant_matmul,
   'blockwise': blockwise.dequant_matmul,
   'mosaic_tpu': mosaic_tpu.dequant_matmul,
+  'mosaic_gpu': mosaic_gpu.dequant_matmul,
 }
 
 
@@ -58,7 +60,8 @@ def dequant_matmul(
   """x times a quantized matrix; differentiable with respect to x.
 
   w is dequantized in float32, rounded to the dtype of x, multiplied, and summed
-  in float32. The gradient d_out @ w' runs in the same implementation.
+  in float32. The gradient d_out @ w' runs in the same implementation, and where
+  that has none, `mosaic_gpu`, None and a tuple take another.
 
   Args:
     x: [..., K] of a float dtype.
@@ -69,8 +72,8 @@ def dequant_matmul(
     codebook: [16] float32, the value of each 4-bit code. None takes 4 bits as
       integers.
     out_dtype: Of the result; None is that of x.
-    implementation: See `dispatch`: 'reference', 'blockwise', 'mosaic_tpu', or
-      None.
+    implementation: See `dispatch`: 'reference', 'blockwise', 'mosaic_tpu',
+      'mosaic_gpu', or None.
 
   Returns:
     [..., N] in `out_dtype`.

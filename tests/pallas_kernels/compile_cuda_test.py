@@ -22,6 +22,7 @@ import pytest
 from pallas_kernels.attention import api as attention
 from pallas_kernels.binary_matmul import api as binary_matmul
 from pallas_kernels.decode_attention import api as decode_attention
+from pallas_kernels.dequant_matmul import api as dequant_matmul
 from pallas_kernels.int8_matmul import api as int8_matmul
 from tests.pallas_kernels import hopper
 
@@ -69,6 +70,17 @@ def _int8(dtype, m, k, n):
     int8_matmul.int8_matmul, implementation='mosaic_gpu', out_dtype=dtype
   )
   return run, [((m, k), dtype), ((k, n), jnp.int8), ((n,), jnp.float32)]
+
+
+def _weights(kind, dtype, m, k, n, group, out_dtype=None):
+  run = functools.partial(
+    dequant_matmul.dequant_matmul,
+    implementation='mosaic_gpu',
+    out_dtype=out_dtype,
+  )
+  values = ((k, n), jnp.int8) if kind == 'int8' else ((k // 2, n), jnp.uint8)
+  shapes = [((m, k), dtype), values, ((k // group, n), jnp.float32)]
+  return run, shapes + [((16,), jnp.float32)] * (kind == 'nf4')
 
 
 def _binary(m, k, n):
@@ -121,6 +133,21 @@ CASES = {
   ),
   'int8, bf16, 8192^3': _int8(jnp.bfloat16, 8192, 8192, 8192),
   'int8, f32, odd sizes': _int8(jnp.float32, 33, 1000, 130),
+  'int8 weights, one bf16 row': _weights(
+    'int8', jnp.bfloat16, 1, 8192, 8192, 8192
+  ),
+  'int4 weights, one bf16 row': _weights(
+    'int4', jnp.bfloat16, 1, 8192, 8192, 64
+  ),
+  'NF4 weights, one bf16 row': _weights('nf4', jnp.bfloat16, 1, 8192, 8192, 64),
+  'NF4 weights, 64 f16 rows': _weights('nf4', jnp.float16, 64, 8192, 8192, 64),
+  'NF4 weights, 4096 bf16 rows': _weights(
+    'nf4', jnp.bfloat16, 4096, 4096, 4096, 64
+  ),
+  'int4 weights, groups of 32, 128 bf16 rows': _weights(
+    'int4', jnp.bfloat16, 128, 8192, 8192, 32, jnp.float32
+  ),
+  'int8 weights, odd sizes': _weights('int8', jnp.float16, 33, 1000, 130, 1000),
   'binary 4096^3': _binary(4096, 4096, 4096),
 }
 
