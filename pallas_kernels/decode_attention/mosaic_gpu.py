@@ -103,7 +103,7 @@ def attention(
   # Fewer queries than a tile has rows: only so many results are written.
   kept = -(-min(used_rows, ROWS) // 8) * 8
   head = batch, kv_heads, row_tiles, splits
-  scales = [k_scales, v_scales * _LARGEST] if quantized else []
+  scales = [k_scales, v_scales] if quantized else []
   out, lse = plgpu.kernel(
     functools.partial(_kernel, rule=rule, splits=splits, row_tiles=row_tiles),
     out_type=[
@@ -291,9 +291,8 @@ def _kernel(
       """A tile of the cache in the dtype of q, for the tensor cores."""
       if not quantized:
         return tile
-      wide_smem[...] = compat.load(
-        tile, plgpu.Layout.WGMMA_8BIT, optimized=False
-      ).astype(wide_smem.dtype)
+      narrow = compat.load(tile, plgpu.Layout.WGMMA_8BIT)
+      wide_smem[...] = narrow.astype(wide_smem.dtype)
       plgpu.commit_smem()
       return wide_smem
 
@@ -340,6 +339,7 @@ def _kernel(
       used = lambda key: (key >= lowest) & (key < length)
       if quantized:
         scales = compat.load(v_scales_smem.at[slot], layout.reduce(0))
+        scales = scales * _LARGEST
         scales = lax.broadcast_in_dim(scales, weights.shape, [1])
         if cleaned:
           seen = used(iota(weights.shape, 1) + n * COLUMNS)
