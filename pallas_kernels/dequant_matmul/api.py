@@ -60,8 +60,8 @@ def dequant_matmul(
   """x times a quantized matrix; differentiable with respect to x.
 
   w is dequantized in float32, rounded to the dtype of x, multiplied, and summed
-  in float32. The gradient d_out @ w' runs in the same implementation, and where
-  that has none, `mosaic_gpu`, None and a tuple take another.
+  in float32. The gradient d_out @ w' runs in the same implementation; that of
+  `mosaic_gpu` is left to the next of a tuple, and by None to `blockwise`.
 
   Args:
     x: [..., K] of a float dtype.
