@@ -57,6 +57,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels import compat
+from pallas_kernels import shards
 from pallas_kernels.attention import mosaic_gpu_tiles as tiles
 from pallas_kernels.dequant_matmul import formats
 
@@ -122,10 +123,8 @@ def dequant_matmul(
   steps = min(MOST_STEPS, (_MEMORY - wide - sent) // slot)
   out = plgpu.kernel(
     functools.partial(_kernel, group=group, serves=serves, splits=splits),
-    out_type=jax.ShapeDtypeStruct(
-      (splits, grid[0] * width, len(x)),
-      partial_dtype,
-      manual_axis_type=jax.typeof(x).manual_axis_type,
+    out_type=shards.out_shape(
+      (splits, grid[0] * width, len(x)), partial_dtype, x
     ),
     scratch_types={
       'x_smem': tiles.tiled((steps, halves, rows, DEPTH), x.dtype),
@@ -150,10 +149,6 @@ def dequant_matmul(
     ),
     interpret=interpret,
   )(x, values, scales, *([] if codebook is None else [codebook]))
-  # Inside `shard_map` the mark of what varies does not pass through a kernel.
-  varying = lambda x: jax.typeof(x).manual_axis_type.varying
-  if missing := tuple(varying(x) - varying(out)):
-    out = lax.pcast(out, missing, to='varying')
   return out.sum(0).T[:m, :n].astype(out_dtype)
 
 
