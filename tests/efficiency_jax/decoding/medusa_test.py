@@ -149,6 +149,27 @@ def test_a_head_is_the_formula_of_the_paper():
   np.testing.assert_allclose(got[0], table @ x + x @ a @ b, rtol=2e-4)
 
 
+def test_guesses_stand_where_the_tree_has_a_place_for_them():
+  """A node at depth k and rank r holds the r-th best guess of head k."""
+  drafter = _decoder('greedy', _TREE).drafter
+  hidden = np.random.default_rng(1).standard_normal((3, _TARGET.width))
+  hidden = jnp.asarray(hidden, jnp.float32)
+  context = fixtures.context(_PROMPTS, room=30)
+  proposal, state, cache = drafter.propose(
+    _weights(), hidden, 'the cache', context, 9, sampling.Purpose.SAMPLE
+  )
+  assert state is hidden
+  assert cache == 'the cache'
+  assert proposal.count.tolist() == [9] * 3
+  scores = medusa.logits(
+    _HEADS, _weights().draft, hidden, drafter.output_head, _weights().target
+  )
+  order = np.argsort(-np.asarray(scores), axis=-1)
+  for node, choices in enumerate(_TREE.choices):
+    right = order[:, len(choices) - 1, choices[-1]]
+    assert proposal.tokens[:, node].tolist() == right.tolist()
+
+
 def test_what_is_no_form_or_tree_is_refused():
   with pytest.raises(ValueError, match='count and blocks must be >= 1'):
     medusa.Heads(count=0)
@@ -306,11 +327,18 @@ def test_trees_adapt_and_stop_at_plain_decoding():
 
 
 def test_a_repetition_penalty_follows_each_branch():
-  decoder = _decoder('coupled', _TREE)
+  """What stands on other branches was not said."""
   settings = sampling.make(3, **_MIXED, repetition_penalty=1.7)
-  expected = _plain(_PROMPTS, 24, settings=settings, seed=2)
-  state = _generate(decoder, _PROMPTS, 24, settings=settings, seed=2)
+  options = {'settings': settings, 'seed': 2}
+  texts = _plain(_PROMPTS, 30, **options)
+  padded = tuple(tuple(t + [0] * (40 - len(t))) for t in texts)
+  deepest = tuple(np.flatnonzero(_TREE.ancestors[-1]).tolist())
+  knowing = _Knowing(padded, _TREE, deepest)
+  decoder = _decoder('coupled', _TREE, drafter=knowing)
+  state = _generate(decoder, _PROMPTS, 24, **options)
+  expected = [t[: len(p) + 24] for t, p in zip(texts, _PROMPTS, strict=True)]
   assert fixtures.texts(state) == expected
+  assert state.counters.runs.tolist() == [24 // (_TREE.height + 1)] * 3
 
 
 def test_the_state_that_drafts_is_that_of_the_text():
