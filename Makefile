@@ -25,7 +25,7 @@ test-model: $(VENV)/.installed  ## The tests on the released model.
 test-peers: .venv-peers/.installed  ## Our numbers beside those of other tools.
 	$(RUN_PEERS) -m pytest -q -m peers
 
-test-aot: .venv-aot/.installed  ## Compiles the TPU kernels; needs no TPU.
+test-aot: .venv-aot/.installed  ## Compiles all kernels; needs no TPU, no GPU.
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -q -s -m aot
 
 demo: $(VENV)/.installed  ## Fetches the model, then decodes it both ways.
