@@ -72,7 +72,8 @@ def prepare(
     exit_layers: Layers that 'early exit' runs; a third of them if None.
     draft_length: Tokens a draft; None adapts it from round to round. With
       'plain' it widens the target's pass without drafting, which makes its
-      products those of verification. With 'medusa' it is the size of a tree.
+      products those of verification. With 'medusa' it is the number of
+      tokens of one of its trees.
     verifier: 'greedy', 'token', 'block', 'coupled' or 'typical'; None takes
       greedy, or else block, or coupled for trees.
     greedy: Whether every row will be greedy.

@@ -196,11 +196,13 @@ class Medusa:
     """The best guesses, each where the tree has a place for it."""
     del context, purpose
     tree = self.tree(length)
+    # A lower tree asks fewer heads.
+    asked = dataclasses.replace(self.heads, count=tree.height)
     scores = logits(
-      self.heads, weights.draft, state, self.output_head, weights.target
+      asked, weights.draft, state, self.output_head, weights.target
     )
     most = int(tree.rank.max()) + 1
-    _, best = lax.top_k(scores[:, : tree.height], most)  # [B, height, most]
+    _, best = lax.top_k(scores, most)  # [B, height, most]
     tokens = best[:, tree.depth[1:] - 1, tree.rank[1:]].astype(jnp.int32)
     count = jnp.full(tokens.shape[:1], length, jnp.int32)
     return Proposal(tokens, count, None), state, cache

@@ -57,9 +57,10 @@ class Verdict(NamedTuple):
 class Verifier:
   """A rule, what it guarantees, and the noise that its drafter must use.
 
-  `verify(keys, position, logits, proposal)` takes typed row keys [B], the
+  `verify(keys, position, logits, proposal, tree)` takes typed row keys [B], the
   position [B] of the first drafted token, the target's processed logits
   [B, G + 1, V], one for every node, the proposal and its tree of G + 1 nodes.
+  Rules that do not take trees are given chains.
   """
 
   name: str

@@ -69,9 +69,7 @@ def unpack_signs(words: jax.Array, size: int, axis: int = -1) -> jax.Array:
   size = _checked_size(size)
   _check_words('words', words, axis, size)
   words = jnp.moveaxis(words, axis, -1)
-  bits = (words[..., None] >> _places() & 1).astype(jnp.int8)
-  bits = bits.reshape(*words.shape[:-1], words.shape[-1] * WORD)
-  return jnp.moveaxis(2 * bits[..., :size] - 1, -1, axis)
+  return jnp.moveaxis(reference.signs(words, size, jnp.int8), -1, axis)
 
 
 def binary_matmul(

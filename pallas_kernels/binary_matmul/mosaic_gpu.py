@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.binary_matmul import reference
 from pallas_kernels.int8_matmul import mosaic_gpu as int8_matmul
 
 # 2 M N K / 237e12 seconds to count, against 2 N K / 4.3e12 to write and read b.
@@ -49,17 +50,10 @@ def binary_matmul(
   if size > LONGEST:
     raise NotImplementedError(f'sums of {size} signs are not exact here.')
   out = int8_matmul.int8_matmul(
-    _signs(a, size),
-    _signs(b, size).T,
+    reference.signs(a, size, jnp.int8),
+    reference.signs(b, size, jnp.int8).T,
     jnp.ones(b.shape[0], jnp.float32),
     jnp.ones(a.shape[0], jnp.float32),
     interpret=interpret,
   )
   return out.astype(jnp.int32)
-
-
-def _signs(words: jax.Array, size: int) -> jax.Array:
-  """[r, W] uint32 to [r, size] int8, +1 where a bit is set and -1 elsewhere."""
-  bits = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32) & 1) == 1
-  bits = bits.reshape(len(words), -1)[:, :size]
-  return jnp.where(bits, jnp.int8(1), jnp.int8(-1))
