@@ -48,6 +48,7 @@ setuptools.setup(
     'jax>=0.10',
     'flax>=0.12',
     'optax>=0.2.5',
+    'grain>=0.2.16',
     'orbax-checkpoint>=0.12,<1',
     'chex>=0.1.90',
     'absl-py>=2.1',
