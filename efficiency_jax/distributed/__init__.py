@@ -1,0 +1,1 @@
+"""More than one device and machine: jax.distributed and sharding by GSPMD."""
