@@ -46,6 +46,8 @@ MAY_IMPORT = {
   'io': GROUND | {'models'},
   'data': GROUND | {'models', 'io'},
   **{technique: GROUND | {'models'} for technique in TECHNIQUES},
+  # A draft is trained to agree with its target.
+  'decoding': GROUND | {'models', 'distillation'},
   # QLoRA is LoRA over a 4-bit model: the method itself needs both.
   'adaptation': GROUND | {'models', 'quantization'},
   # A model made ready to decode; and text in, text out around it.

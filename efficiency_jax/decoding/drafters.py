@@ -16,6 +16,7 @@ another, unless it drafts several guesses at a place. One that `needs_features`
 is given what the target thought of the text, its hidden states.
 """
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any, NamedTuple, Protocol
 
@@ -262,7 +263,12 @@ class DraftModel(Chain):
     the cache lacks the last drafted token, and feeding it always costs less
     than a second kind of step. Only rounds that drafted nothing leave more.
     """
-    state = self._catch_up(weights, state, context)
+    state = catch_up(
+      lambda tokens, cache: self.apply(weights.draft, tokens, cache)[1],
+      state,
+      context,
+      2,
+    )
     start = jnp.maximum(context.length - 2, 0)
     first = jnp.take_along_axis(
       context.tokens, start[:, None] + jnp.arange(2), axis=1
@@ -270,13 +276,14 @@ class DraftModel(Chain):
     state = state._replace(length=start)
 
     def feed(tokens, draft_cache):
-      return self.apply(weights.draft, tokens, draft_cache)
+      output, draft_cache = self.apply(weights.draft, tokens, draft_cache)
+      return output.logits, draft_cache
 
-    output, state = feed(first, state)
+    logits, state = feed(first, state)
     last = (context.length - 1 - start)[:, None, None]
-    logits = jnp.take_along_axis(output.logits, last, axis=1)
+    logits = jnp.take_along_axis(logits, last, axis=1)
     state = state._replace(length=context.length)
-    proposal, state = _sample_chain(
+    proposal, state = sample_chain(
       feed, logits, state, context, length, purpose
     )
     return proposal, state, cache
@@ -285,25 +292,7 @@ class DraftModel(Chain):
     """Can always draft; forgets the refused tokens."""
     del features
     length = jnp.minimum(state.length, context.length - 1)
-    return state._replace(length=length), _always(context, longest)
-
-  def _catch_up(self, weights, cache: Cache, context: Context) -> Cache:
-    """Feeds committed tokens until at most the last two are missing."""
-
-    def behind(cache):
-      return jnp.any(cache.length < context.length - 2)
-
-    def body(cache):
-      last = jnp.maximum(context.length - _CATCH_UP, 0)
-      start = jnp.minimum(cache.length, last)
-      place = start[:, None] + jnp.arange(_CATCH_UP)
-      place = jnp.minimum(place, context.tokens.shape[1] - 1)
-      tokens = jnp.take_along_axis(context.tokens, place, axis=1)
-      _, cache = self.apply(weights.draft, tokens, cache._replace(length=start))
-      length = jnp.minimum(start + _CATCH_UP, context.length - 1)
-      return cache._replace(length=length)
-
-    return lax.while_loop(behind, body, cache)
+    return state._replace(length=length), always(context, longest)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -330,33 +319,77 @@ class EarlyExit(Chain):
     """Samples `length` tokens through the first layers."""
 
     def feed(tokens, cache):
-      return self.apply(weights.target, tokens, cache)
+      output, cache = self.apply(weights.target, tokens, cache)
+      return output.logits, cache
 
     cursor = cache.length
     anchor = jnp.take_along_axis(
       context.tokens, context.length[:, None] - 1, axis=1
     )
-    output, cache = feed(anchor, cache)
-    proposal, cache = _sample_chain(
-      feed, output.logits, cache, context, length, purpose
+    logits, cache = feed(anchor, cache)
+    proposal, cache = sample_chain(
+      feed, logits, cache, context, length, purpose
     )
     return proposal, state, cache._replace(length=cursor)
 
   def observe(self, state, context, longest, features=None):
     """Can always draft."""
     del features
-    return state, _always(context, longest)
+    return state, always(context, longest)
 
 
-def _always(context: Context, longest: int) -> Forecast:
+def always(context: Context, longest: int) -> Forecast:
+  """The forecast of a drafter that can draft after any text."""
   zero = jnp.zeros_like(context.length)
   return Forecast(zero + longest, zero)
 
 
-def _sample_chain(
-  feed, logits, cache: Cache, context: Context, length: int, purpose: Purpose
-) -> tuple[Proposal, Cache]:
+def write(buffer: jax.Array, block: jax.Array, at: jax.Array) -> jax.Array:
+  """Row b of `block` [B, W, ...] into `buffer` [B, N, ...] from `at[b]` on."""
+
+  def one(row, new, slot):
+    at = (slot,) + (0,) * (row.ndim - 1)
+    return lax.dynamic_update_slice(row, new, at)
+
+  return jax.vmap(one)(buffer, block.astype(buffer.dtype), at)
+
+
+def catch_up(
+  feed: Callable[[jax.Array, Cache], Cache],
+  cache: Cache,
+  context: Context,
+  most: int,
+) -> Cache:
+  """Feeds committed tokens until at most the last `most` >= 1 are missing."""
+
+  def behind(cache):
+    return jnp.any(cache.length < context.length - most)
+
+  def body(cache):
+    last = jnp.maximum(context.length - _CATCH_UP, 0)
+    start = jnp.minimum(cache.length, last)
+    place = start[:, None] + jnp.arange(_CATCH_UP)
+    place = jnp.minimum(place, context.tokens.shape[1] - 1)
+    tokens = jnp.take_along_axis(context.tokens, place, axis=1)
+    cache = feed(tokens, cache._replace(length=start))
+    length = jnp.minimum(start + _CATCH_UP, context.length - 1)
+    return cache._replace(length=length)
+
+  return lax.while_loop(behind, body, cache)
+
+
+def sample_chain(
+  feed: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+  logits: jax.Array,
+  carry: Any,
+  context: Context,
+  length: int,
+  purpose: Purpose,
+) -> tuple[Proposal, Any]:
   """Draws `length` tokens, feeding each back; `logits` [B, 1, V] start it.
+
+  `feed(token [B, 1], carry)` gives the logits after the token and what to carry
+  on, a cache for one.
 
   The kept logits are those that were drawn from, filters included: a verifier
   needs the true q.
@@ -383,18 +416,18 @@ def _sample_chain(
     return token, q, seen
 
   def step(carry, index):
-    token, seen, cache = carry
-    output, cache = feed(token, cache)
-    token, q, seen = draw(output.logits, seen, index)
-    return (token, seen, cache), (token, q)
+    token, seen, carry = carry
+    logits, carry = feed(token, carry)
+    token, q, seen = draw(logits, seen, index)
+    return (token, seen, carry), (token, q)
 
   token, q, seen = draw(logits, seen, 0)
-  (_, _, cache), (tokens, kept) = lax.scan(
-    step, (token, seen, cache), jnp.arange(1, length)
+  (_, _, carry), (tokens, kept) = lax.scan(
+    step, (token, seen, carry), jnp.arange(1, length)
   )
   tokens = jnp.concatenate([token[None], tokens]).swapaxes(0, 1)[..., 0]
   kept = jnp.concatenate([q[None], kept]).swapaxes(0, 1)[:, :, 0]
   # A greedy draft is a point mass, which needs no [B, G, V] array.
   greedy = sampling_lib.is_greedy(context.sampling)
   count = jnp.full(tokens.shape[:1], length, jnp.int32)
-  return Proposal(tokens, count, None if greedy else kept), cache
+  return Proposal(tokens, count, None if greedy else kept), carry

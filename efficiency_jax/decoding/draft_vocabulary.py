@@ -1,0 +1,94 @@
+"""Drafting from the most frequent tokens alone.
+
+The output head is the largest product of a small draft. Frequent tokens are
+most of any text, so a head of R of the V rows drafts nearly as well for R / V of
+the reading (FR-Spec, arXiv 2502.14856; EAGLE-3, 2503.01840). A token outside is
+never drafted; the target still says it, so no text changes.
+
+A reduced head is the target's own head function over fewer rows of its table,
+taken once a generation. Column j of its logits is the token `vocabulary[j]`.
+"""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficiency_jax.linear import embed
+from efficiency_jax.types import Params
+
+
+def by_frequency(
+  token_arrays: Iterable[np.ndarray],
+  size: int,
+  vocab_size: int,
+  always: Iterable[int] = (),
+) -> np.ndarray:
+  """The `size` most frequent tokens, most frequent first: [R] int32.
+
+  Among equals the smaller id comes first.
+
+  Args:
+    token_arrays: Texts as integer arrays of any shape.
+    size: R.
+    vocab_size: V.
+    always: Tokens that are kept however rare, such as stop tokens.
+
+  Raises:
+    ValueError: A size or a token is out of range.
+  """
+  always = np.unique(np.asarray(list(always), np.int64))
+  if not max(1, len(always)) <= size <= vocab_size:
+    raise ValueError(
+      f'size must be in {max(1, len(always))}..{vocab_size}, got {size}.'
+    )
+  counts = np.zeros(vocab_size, np.int64)
+  for tokens in (*token_arrays, always):
+    tokens = np.ravel(tokens)
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+      raise ValueError(
+        f'tokens must be in 0..{vocab_size - 1}, got'
+        f' {tokens.min()}..{tokens.max()}.'
+      )
+    counts += np.bincount(tokens, minlength=vocab_size)
+  order = np.lexsort((np.arange(vocab_size), -counts))
+  kept = np.isin(order, always)
+  # As many others as there is room for, in the order of frequency.
+  kept |= np.cumsum(~kept) <= size - kept.sum()
+  return order[kept].astype(np.int32)
+
+
+def sub_table(
+  table: jax.Array,  # [V, D]
+  vocabulary: jax.Array,  # [R] int32
+) -> jax.Array:
+  """The rows of a table that a reduced head scores: [R, D]."""
+  return embed(vocabulary, table)
+
+
+def head(target: Params, vocabulary: jax.Array) -> Params:
+  """The parameters of the target's output head, for fewer tokens.
+
+  `transformer.head_fn` reads them as it reads the target's own, and gives
+  logits [..., R].
+  """
+  name = 'head' if 'head' in target else 'embedding'
+  return {name: {'table': sub_table(target[name]['table'], vocabulary)}}
+
+
+def columns(vocabulary: jax.Array, vocab_size: int) -> jax.Array:
+  """The column of every token, R for a token outside: [V] int32."""
+  size = vocabulary.shape[0]
+  outside = jnp.full((vocab_size,), size, jnp.int32)
+  return outside.at[vocabulary].set(jnp.arange(size, dtype=jnp.int32))
+
+
+def spread(
+  logits: jax.Array,  # [..., R]
+  columns: jax.Array,  # [V] int32
+) -> jax.Array:
+  """The same logits over the whole vocabulary: [..., V], -inf outside."""
+  edge = [(0, 0)] * (logits.ndim - 1) + [(0, 1)]
+  padded = jnp.pad(logits, edge, constant_values=-jnp.inf)
+  return jnp.take(padded, columns, axis=-1)

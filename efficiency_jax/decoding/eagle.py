@@ -1,0 +1,406 @@
+"""A draft of one layer that reads the target's thoughts (EAGLE).
+
+At position t the draft reads the token x_t and what the target thought of the
+text before it, h_{t-1}, its hidden state after the final norm. Its own state
+g_t plays the part of h_t (arXiv 2401.15077):
+
+    u_t = W [norm(E x_t); norm(h_{t-1})],   W [2 D, D]
+    g_t = norm(block(u_0 .. u_t)),          q(x_{t+1}) = softmax(head(g_t))
+
+with one block of the target's kind, and the target's own embedding E and output
+head. Beyond the text, where the target has not thought yet, g takes the place
+of h; `eagle_training` trains it that way (EAGLE-3, arXiv 2503.01840). h_{-1}
+is zero. The head may score the most frequent tokens alone (`draft_vocabulary`).
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from efficiency_jax.decoding import draft_vocabulary
+from efficiency_jax.decoding import drafters
+from efficiency_jax.decoding.prefill import prefill
+from efficiency_jax.decoding.prefill import slots_for
+from efficiency_jax.decoding.token_tree import TokenTree
+from efficiency_jax.decoding.token_tree import chain
+from efficiency_jax.decoding.verifiers import Proposal
+from efficiency_jax.linear import embed
+from efficiency_jax.models import cache as kv_cache
+from efficiency_jax.models import rope
+from efficiency_jax.models import transformer
+from efficiency_jax.models.config import DecoderConfig
+from efficiency_jax.types import ApplyFn
+from efficiency_jax.types import Cache
+from efficiency_jax.types import ModelOutput
+from efficiency_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Form:
+  """The form of the draft; hashable.
+
+  Attributes:
+    target: Config of the model that it drafts for.
+    vocabulary: R, tokens that it may draft; None is all. Which ones says
+      `vocabulary` [R] among the parameters that a drafter is given.
+    ffn_width: Hidden width of its feed-forward; None is the target's.
+  """
+
+  target: DecoderConfig
+  vocabulary: int | None = None
+  ffn_width: int | None = None
+
+  def __post_init__(self):
+    size = self.target.vocab_size
+    if self.vocabulary is not None and not 1 <= self.vocabulary <= size:
+      raise ValueError(
+        f'vocabulary must be in 1..{size} or None, got {self.vocabulary}.'
+      )
+
+  @property
+  def config(self) -> DecoderConfig:
+    """One layer of the target's kind, which sees the whole text."""
+    return dataclasses.replace(
+      self.target,
+      num_layers=1,
+      windows=(),
+      ffn_width=self.ffn_width or self.target.ffn_width,
+    )
+
+
+class Draft(nn.Module):
+  """Embedded tokens and states before them in, own states and cache out."""
+
+  config: DecoderConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    embedded: jax.Array,  # [B, T, D]
+    features: jax.Array,  # [B, T, D]
+    cache: Cache | None = None,
+    ancestors: jax.Array | None = None,  # [T, T] bool
+  ) -> tuple[jax.Array, Cache | None]:
+    c = self.config
+    x = transformer.Linear(c.width, name='fuse')(
+      fused(
+        self._norm('embedding_norm')(embedded),
+        self._norm('feature_norm')(features),
+      )
+    )
+    batch, time, _ = x.shape
+    start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
+    places = jnp.arange(time, dtype=jnp.int32)
+    if ancestors is not None:
+      places = jnp.sum(ancestors, axis=-1, dtype=jnp.int32) - 1
+    turn = rotation(c, start[:, None] + places)
+    slots = None if cache is None else (cache.keys[0], cache.values[0])
+    block = transformer.Block(c, 0, name='layers_0')
+    x, slots = block(x, turn, start, slots, ancestors, None)
+    if cache is not None:
+      cache = Cache((slots[0],), (slots[1],), start + time)
+    return self._norm('final_norm')(x), cache
+
+  def _norm(self, name: str) -> transformer.RMSNorm:
+    c = self.config
+    return transformer.RMSNorm(c.norm_epsilon, c.norm_plus_one, name=name)
+
+
+def fused(embedded: jax.Array, features: jax.Array) -> jax.Array:
+  """What the first product reads: [..., 2 D]."""
+  return jnp.concatenate([embedded, features], axis=-1)
+
+
+def rotation(config: DecoderConfig, positions: jax.Array):
+  """Rotary turns of the draft at `positions` [B, T]."""
+  inverse = rope.frequencies(
+    config.head_dim, config.rope_theta, config.rope_scaling
+  )
+  return rope.rotation(positions, inverse)
+
+
+def init(form: Form, key: jax.Array, target: Params | None = None) -> Params:
+  """Random float32 parameters of the draft: normal(0, 0.02) kernels.
+
+  With the parameters of the target the final norm begins as the target's, which
+  gives states the scale that the head expects.
+  """
+  states = jnp.zeros((1, 1, form.target.width))
+  params = jax.jit(Draft(form.config).init)(key, states, states)['params']
+  if target is not None:
+    norm = jax.tree.map(
+      lambda x: jnp.array(x, jnp.float32), target['final_norm']
+    )
+    params = {**params, 'final_norm': norm}
+  return params
+
+
+def apply(
+  form: Form,
+  params: Params,
+  target: Params,
+  tokens: jax.Array,  # [B, T] int32
+  features: jax.Array,  # [B, T, D], the state before each token
+  cache: Cache | None = None,
+  *,
+  ancestors: jax.Array | None = None,  # [T, T] bool
+) -> tuple[jax.Array, Cache | None]:
+  """The draft's own states [B, T, D] and the grown cache.
+
+  Tokens stand, and trees of them are given, as for an `ApplyFn`; the compute
+  dtype is that of the features. Embeddings need no scale: they are normed.
+  """
+  embedded = embedded_by(target, tokens, features.dtype)
+  return Draft(form.config).apply(
+    {'params': params}, embedded, features, cache, ancestors
+  )
+
+
+def embedded_by(target: Params, tokens: jax.Array, dtype) -> jax.Array:
+  """The target's embeddings of tokens [...]: [..., D]."""
+  return embed(tokens, target['embedding']['table']).astype(dtype)
+
+
+def scores_fn(form: Form) -> Callable[[Params, jax.Array], jax.Array]:
+  """Parameters of a head, states [..., D] to logits: the target's head.
+
+  The parameters are the target's, or those of `draft_vocabulary.head`.
+  """
+  return transformer.head_fn(form.target)
+
+
+@functools.cache
+def _text_fn(form: Form) -> ApplyFn:
+  """The draft along a text whose features are known; an `ApplyFn`.
+
+  Its parameters are `(draft, target, features [B, N, D])`, where features hold
+  the state before every position. Its output has hidden states alone.
+  """
+
+  def apply_to_text(
+    params, tokens, cache=None, *, ancestors=None, segments=None
+  ):
+    del ancestors, segments
+    draft, target, features = params
+    place = cache.length[:, None] + jnp.arange(tokens.shape[1])
+    place = jnp.minimum(place, features.shape[1] - 1)
+    before = jnp.take_along_axis(features, place[..., None], axis=1)
+    hidden, cache = apply(form, draft, target, tokens, before, cache)
+    return ModelOutput(hidden[..., :0], hidden), cache
+
+  return apply_to_text
+
+
+class State(NamedTuple):
+  """What the drafter carries from round to round."""
+
+  cache: Cache  # of the draft, made of the target's states alone
+  features: jax.Array  # [B, N, D], the target's state before each position
+  head: Params | None  # of fewer tokens; None is the target's own
+  columns: jax.Array | None  # [V] int32; see `draft_vocabulary`
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eagle:
+  """The drafter; see `drafters`.
+
+  The draft's parameters are those of `init`, and beside them `vocabulary` [R]
+  int32 if the form has one. A chain is sampled from q, which a verifier is
+  given; a tree holds the best guesses of q after each node, so its draft is
+  deterministic.
+
+  After a round the cache of the draft lacks the kept tokens, or holds what was
+  computed of the draft's own states. The next draft feeds them again with the
+  states of the target, all at once: `tree.height + 1` positions, which is what
+  the round before may have kept. Only a longer or a draftless round before
+  leaves more; those are fed in steps.
+
+  Attributes:
+    form: Of the draft.
+    trees: Shapes of drafts, each of another size; other lengths are chains.
+  """
+
+  form: Form
+  trees: tuple[TokenTree, ...] = ()
+  name: str = 'eagle'
+  num_kinds: int = 1
+  needs_features: bool = True
+
+  def __post_init__(self):
+    sizes = [len(tree) for tree in self.trees]
+    if len(set(sizes)) < len(sizes):
+      raise ValueError(f'trees must differ in size, got sizes {sizes}.')
+
+  def tree(self, length: int) -> TokenTree:
+    """The given tree of `length + 1` nodes, or a chain."""
+    fitting = [tree for tree in self.trees if len(tree) == length + 1]
+    return fitting[0] if fitting else chain(length)
+
+  def init(self, weights, context, longest, hidden):
+    """Runs the draft over the prompts."""
+    form, size = self.form, self.form.target.vocab_size
+    batch, slots = context.tokens.shape
+    # Position t is fed with the state at t - 1.
+    features = jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))
+    cache = kv_cache.init(
+      form.config,
+      batch,
+      max(slots + longest, slots_for(slots)),
+      hidden.dtype,
+    )
+    head = columns = None
+    if form.vocabulary is not None:
+      vocabulary = weights.draft['vocabulary']
+      head = draft_vocabulary.head(weights.target, vocabulary)
+      columns = draft_vocabulary.columns(vocabulary, size)
+    cache, _ = prefill(
+      _text_fn(form),
+      (weights.draft, weights.target, features),
+      context.tokens,
+      context.length,
+      cache,
+    )
+    return State(cache, features, head, columns)
+
+  def propose(self, weights, state, cache, context, length, purpose):
+    """Drafts a chain or a tree after the last committed token."""
+    tree = self.tree(length)
+    params = weights.draft, weights.target, state.features
+    text = functools.partial(_text_fn(self.form), params)
+    width = tree.height + 1
+    own = drafters.catch_up(
+      lambda tokens, cache: text(tokens, cache)[1], state.cache, context, width
+    )
+    start = jnp.maximum(context.length - width, 0)
+    place = jnp.minimum(
+      start[:, None] + jnp.arange(width), context.tokens.shape[1] - 1
+    )
+    tokens = jnp.take_along_axis(context.tokens, place, axis=1)
+    output, own = text(tokens, own._replace(length=start))
+    last = (context.length - 1 - start)[:, None, None]
+    root = jnp.take_along_axis(output.hidden, last, axis=1)
+    own = own._replace(length=context.length)
+
+    if tree.is_chain:
+      proposal, own = self._chain(
+        weights, state, own, root, context, length, purpose
+      )
+    else:
+      proposal, own = self._tree(weights, state, own, root, tree)
+    # What follows the text was computed of the draft's own states.
+    own = own._replace(length=context.length)
+    return proposal, state._replace(cache=own), cache
+
+  def observe(self, state, context, longest, features):
+    """Keeps the target's states of the committed text."""
+    if features is not None:
+      # Those at `length - 1 - count` on come before the next positions.
+      buffer = drafters.write(
+        state.features, features.hidden, context.length - features.count
+      )
+      state = state._replace(features=buffer)
+    return state, drafters.always(context, longest)
+
+  def _scores(self, weights, state, hidden):
+    """Logits [..., R] of own states."""
+    head = weights.target if state.head is None else state.head
+    return scores_fn(self.form)(head, hidden)
+
+  def _step(self, weights, *args, **options):
+    return apply(self.form, weights.draft, weights.target, *args, **options)
+
+  def _chain(self, weights, state, own, root, context, length, purpose):
+    def whole(hidden):
+      logits = self._scores(weights, state, hidden)
+      if state.columns is None:
+        return logits
+      return draft_vocabulary.spread(logits, state.columns)
+
+    def feed(token, carry):
+      own, hidden = carry
+      hidden, own = self._step(weights, token, hidden, own)
+      return whole(hidden), (own, hidden)
+
+    proposal, (own, _) = drafters.sample_chain(
+      feed, whole(root), (own, root), context, length, purpose
+    )
+    return proposal, own
+
+  def _tree(self, weights, state, own, root, tree: TokenTree):
+    """The best guesses after each node, level by level.
+
+    Nodes of earlier levels are fed again with each level: then the new ones
+    see, of all that stands behind the text, their ancestors alone.
+    """
+    start, parents = own.length, np.asarray(tree.parents)
+    states, tokens = {0: root[:, 0]}, {}
+
+    def guess(nodes):
+      """Tokens of the children of some nodes of one depth."""
+      hidden = jnp.stack([states[node] for node in nodes], axis=1)
+      born = np.isin(parents, nodes)
+      most = int(tree.rank[born].max()) + 1
+      _, best = lax.top_k(self._scores(weights, state, hidden), most)
+      if state.columns is not None:
+        best = jnp.take(weights.draft['vocabulary'], best)
+      for child in np.flatnonzero(born):
+        of = nodes.index(tree.parents[child])
+        tokens[int(child)] = best[:, of, tree.rank[child]].astype(jnp.int32)
+
+    guess([0])
+    for depth in range(1, tree.height):
+      inner = tree.is_inner & (tree.depth >= 1) & (tree.depth <= depth)
+      fed = np.flatnonzero(inner).tolist()
+      hidden, own = self._step(
+        weights,
+        jnp.stack([tokens[node] for node in fed], axis=1),
+        jnp.stack([states[tree.parents[node]] for node in fed], axis=1),
+        own._replace(length=start),
+        ancestors=jnp.asarray(tree.ancestors[np.ix_(fed, fed)]),
+      )
+      new = [node for node in fed if tree.depth[node] == depth]
+      states |= {node: hidden[:, fed.index(node)] for node in new}
+      guess(new)
+    drafted = [tokens[node] for node in range(1, len(tree))]
+    count = jnp.full(start.shape, len(drafted), jnp.int32)
+    return Proposal(jnp.stack(drafted, axis=1), count, None), own
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedDraft:
+  """A draft of one target, ready to use.
+
+  Attributes:
+    form: Of the draft.
+    params: Its trained parameters.
+    vocabulary: [R] tokens that it may draft, if the form has a vocabulary.
+    trees: Shapes of drafts, if not chains alone.
+  """
+
+  form: Form
+  params: Params
+  vocabulary: jax.Array | None = None
+  trees: tuple[TokenTree, ...] = ()
+
+  def __post_init__(self):
+    size = None if self.vocabulary is None else len(self.vocabulary)
+    if size != self.form.vocabulary:
+      raise ValueError(
+        f'vocabulary must have {self.form.vocabulary} tokens as the form says,'
+        f' got {size}.'
+      )
+
+  @property
+  def weights(self) -> Params:
+    """What `drafters.Weights.draft` holds."""
+    if self.vocabulary is None:
+      return self.params
+    vocabulary = jnp.asarray(self.vocabulary, jnp.int32)
+    return {**self.params, 'vocabulary': vocabulary}

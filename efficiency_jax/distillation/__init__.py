@@ -1,0 +1,1 @@
+"""Smaller students: losses that compare two distributions."""
