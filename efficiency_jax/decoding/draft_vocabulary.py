@@ -1,9 +1,9 @@
 """Drafting from the most frequent tokens alone.
 
 The output head is the largest product of a small draft. Frequent tokens are
-most of any text, so a head of R of the V rows drafts nearly as well for R / V of
-the reading (FR-Spec, arXiv 2502.14856; EAGLE-3, 2503.01840). A token outside is
-never drafted; the target still says it, so no text changes.
+most of any text, so a head of R of the V rows drafts nearly as well and reads
+R / V as much (FR-Spec, arXiv 2502.14856; EAGLE-3, 2503.01840). A token outside
+is never drafted; the target still says it, so no text changes.
 
 A reduced head is the target's own head function over fewer rows of its table,
 taken once a generation. Column j of its logits is the token `vocabulary[j]`.

@@ -17,7 +17,9 @@ VOCABULARY = np.asarray([3, 0, 9, 2, 10, 7, 4, 1], np.int32)
 
 
 @functools.cache
-def weights(form: eagle.Form, seed: int = 0) -> drafters.Weights:
+def weights(
+  form: eagle.Form, seed: int = 0, vocabulary: tuple[int, ...] = ()
+) -> drafters.Weights:
   """A target and a draft with peaked guesses of its own."""
   target = fixtures.params(form.target)
   rng = np.random.default_rng(seed)
@@ -30,10 +32,10 @@ def weights(form: eagle.Form, seed: int = 0) -> drafters.Weights:
 
   draft = eagle.init(form, jax.random.key(seed), target)
   draft = jax.tree_util.tree_map_with_path(one, draft)
-  vocabulary = None
+  chosen = None
   if form.vocabulary is not None:
-    vocabulary = VOCABULARY[: form.vocabulary]
-  trained = eagle.TrainedDraft(form=form, params=draft, vocabulary=vocabulary)
+    chosen = np.asarray(vocabulary or VOCABULARY[: form.vocabulary], np.int32)
+  trained = eagle.TrainedDraft(form=form, params=draft, vocabulary=chosen)
   return drafters.Weights(target, trained.weights)
 
 

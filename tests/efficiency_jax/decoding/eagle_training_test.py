@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficiency_jax.decoding import drafters
 from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import eagle_training
 from efficiency_jax.decoding import sampling

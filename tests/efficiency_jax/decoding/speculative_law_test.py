@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from efficiency_jax.decoding import drafters
+from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import prefill
 from efficiency_jax.decoding import sampling
 from efficiency_jax.decoding import schedule
@@ -22,6 +23,7 @@ from efficiency_jax.models import cache as kv_cache
 from efficiency_jax.models import transformer
 from pallas_kernels.decode_attention import blockwise as decode_attention
 from tests import fixtures
+from tests.efficiency_jax.decoding import eagle_models
 
 _VOCAB = 4
 _PROMPT = [1, 2, 1]
@@ -42,7 +44,10 @@ _TARGET = fixtures.config(vocab_size=_VOCAB, num_heads=2, num_kv_heads=1)
 _DRAFT = fixtures.config(
   vocab_size=_VOCAB, num_layers=1, num_heads=2, num_kv_heads=1
 )
+# Drafts of three of the four tokens, in another order.
+_EAGLE = eagle.Form(target=_TARGET, vocabulary=3)
 _DRAFTERS = {
+  'eagle': eagle.Eagle(form=_EAGLE),
   'n-gram': drafters.NGram(longest_match=2),
   'draft model': drafters.DraftModel(
     apply=transformer.apply_fn(_DRAFT), init_cache=kv_cache.initializer(_DRAFT)
@@ -121,6 +126,8 @@ _CASES = [
   ),
   ('plain', 'token', (0,)),
   ('plain', 'block', (2,)),
+  ('eagle', 'token', (3,)),
+  ('eagle', 'block', (3,)),
   # The draft length follows what was accepted.
   ('draft model', 'block', (0, 1, 3)),
 ]
@@ -140,6 +147,8 @@ def test_the_text_has_the_law_of_the_target(drafter, verifier, lengths):
   weights = drafters.Weights(
     fixtures.params(_TARGET), fixtures.params(_DRAFT, 1)
   )
+  if drafter == 'eagle':
+    weights = eagle_models.weights(_EAGLE, vocabulary=(3, 0, 2))
   state = fixtures.generate(
     decoder,
     weights,
