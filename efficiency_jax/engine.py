@@ -13,6 +13,7 @@ import numpy as np
 
 from efficiency_jax.decoding import cost_table
 from efficiency_jax.decoding import drafters
+from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import medusa
 from efficiency_jax.decoding import sampling
 from efficiency_jax.decoding import schedule as schedule_lib
@@ -23,7 +24,14 @@ from efficiency_jax.io.pretrained import LanguageModel
 from efficiency_jax.models import cache as kv_cache
 from efficiency_jax.models import transformer
 
-DRAFTERS = ('plain', 'n-gram', 'early exit', 'draft model', 'medusa')
+DRAFTERS = (
+  'plain',
+  'n-gram',
+  'early exit',
+  'draft model',
+  'medusa',
+  'eagle',
+)
 
 # Draft lengths that an adaptive generation compiles; 0 is plain decoding.
 ADAPTIVE_LENGTHS = (0, 1, 3, 7, 15)
@@ -55,7 +63,7 @@ def prepare(
   *,
   drafter: str = 'n-gram',
   draft: LanguageModel | None = None,
-  heads: medusa.TrainedHeads | None = None,
+  heads: medusa.TrainedHeads | eagle.TrainedDraft | None = None,
   exit_layers: int | None = None,
   draft_length: int | None = None,
   verifier: str | None = None,
@@ -66,14 +74,16 @@ def prepare(
 
   Args:
     lm: The target.
-    drafter: 'plain', 'n-gram', 'early exit', 'draft model' or 'medusa'.
+    drafter: 'plain', 'n-gram', 'early exit', 'draft model', 'medusa' or
+      'eagle'.
     draft: The model of 'draft model'; must have the target's tokenizer.
-    heads: The heads of 'medusa', made for this target.
+    heads: What was trained on this target's hidden states: the heads of
+      'medusa', or the draft of 'eagle'.
     exit_layers: Layers that 'early exit' runs; a third of them if None.
     draft_length: Tokens a draft; None adapts it from round to round. With
       'plain' it widens the target's pass without drafting, which makes its
       products those of verification. With 'medusa' it is the number of
-      tokens of one of its trees.
+      tokens of one of its trees; with 'eagle' that, or of a chain.
     verifier: 'greedy', 'token', 'block', 'coupled' or 'typical'; None takes
       greedy, or else block, or coupled for trees.
     greedy: Whether every row will be greedy.
@@ -92,7 +102,8 @@ def prepare(
       f'draft_length must be >= {smallest} with drafter {drafter!r}, got'
       f' {draft_length}.'
     )
-  sampled = 'coupled' if drafter == 'medusa' else 'block'
+  trees = drafter in ('medusa', 'eagle') and heads and heads.trees
+  sampled = 'coupled' if drafter == 'medusa' or trees else 'block'
   verifier = verifier or ('greedy' if greedy else sampled)
   if verifier == 'greedy' and not greedy:
     raise ValueError(
@@ -115,6 +126,10 @@ def prepare(
     chosen = _medusa(lm, heads)
     if draft_length is None:
       lengths = (0, *sorted(len(tree) - 1 for tree in heads.trees))
+  elif drafter == 'eagle':
+    chosen = _eagle(lm, heads)
+    if draft_length is None and trees:
+      lengths = (0, *sorted(len(tree) - 1 for tree in trees))
   else:
     chosen = _draft_model(lm, draft)
   decoder = speculative.Decoder(
@@ -123,8 +138,10 @@ def prepare(
     verifier=verifiers.named(verifier),
     schedule=schedule_lib.Schedule(lengths=lengths, prior=prior),
   )
-  own = heads if drafter == 'medusa' else draft
-  weights = drafters.Weights(lm.params, own.params if own else None)
+  own = draft.params if draft else None
+  if drafter in ('medusa', 'eagle'):
+    own = heads.weights
+  weights = drafters.Weights(lm.params, own)
   return Engine(
     lm=lm,
     decoder=decoder,
@@ -136,7 +153,7 @@ def prepare(
 def _medusa(
   lm: LanguageModel, heads: medusa.TrainedHeads | None
 ) -> medusa.Medusa:
-  if heads is None:
+  if not isinstance(heads, medusa.TrainedHeads):
     raise ValueError("drafter 'medusa' needs heads=, trained for the target.")
   width = heads.params['head_0']['block_0']['kernel'].shape[0]
   if width != lm.config.width:
@@ -149,6 +166,17 @@ def _medusa(
     output_head=transformer.head_fn(lm.config),
     trees=heads.trees,
   )
+
+
+def _eagle(lm: LanguageModel, draft: eagle.TrainedDraft | None) -> eagle.Eagle:
+  if not isinstance(draft, eagle.TrainedDraft):
+    raise ValueError("drafter 'eagle' needs heads=, a draft for the target.")
+  if draft.form.target != lm.config:
+    raise ValueError(
+      f'the draft is for another config than that of {lm.name}: take one'
+      ' trained for it.'
+    )
+  return eagle.Eagle(form=draft.form, trees=draft.trees)
 
 
 def _draft_model(

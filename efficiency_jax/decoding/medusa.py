@@ -142,6 +142,11 @@ class TrainedHeads:
   params: Params
   trees: tuple[TokenTree, ...]
 
+  @property
+  def weights(self) -> Params:
+    """What `drafters.Weights.draft` holds."""
+    return self.params
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Medusa:
