@@ -194,3 +194,21 @@ def kernels(rows: Sequence[Mapping[str, Any]]) -> 'figures.Figure':
     axis.yaxis.set_minor_formatter('')
     axis.spines[['top', 'right']].set_visible(False)
   return figure
+
+
+def coverage(counts: Sequence[int]) -> 'figures.Figure':
+  """Share of all tokens that the most frequent ones make up."""
+  ordered = sorted((int(count) for count in counts), reverse=True)
+  sums = list(itertools.accumulate(ordered))
+  figure, axis = display.figure(width=5.4, height=3.8)
+  axis.plot(
+    range(1, len(sums) + 1),
+    [100 * value / max(sums[-1], 1) for value in sums],
+    color=_COLOURS[0],
+  )
+  axis.set_xscale('log')
+  axis.set_xlabel('most frequent tokens')
+  axis.set_ylabel('share of the answers, %')
+  axis.set_title('How much of the text few tokens cover')
+  axis.grid(alpha=0.3)
+  return figure

@@ -27,6 +27,7 @@ TECHNIQUES = {
 }
 BELOW_TRAINING = GROUND | TECHNIQUES | {'models', 'io', 'data', 'distributed'}
 LIBRARY = BELOW_TRAINING | {
+  'answers',
   'conversation',
   'engine',
   'evaluation',
@@ -53,6 +54,7 @@ MAY_IMPORT = {
   # A model made ready to decode; and text in, text out around it.
   'engine': GROUND | {'models', 'io', 'decoding'},
   'generation': GROUND | {'models', 'io', 'decoding', 'engine'},
+  'answers': GROUND | {'io', 'decoding', 'engine'},
   'conversation': GROUND | {'io', 'decoding', 'engine', 'generation'},
   'training': BELOW_TRAINING,
   'evaluation': BELOW_TRAINING | {'engine', 'generation'},
@@ -67,6 +69,7 @@ MAY_IMPORT = {
 # that results are compared with, or an interface kept behind one door.
 ONLY_IN = {
   'gguf': ('efficiency_jax/io/', 'experiments/'),
+  'grain': ('efficiency_jax/data/',),
   'llama_cpp': ('experiments/',),
   'matplotlib': ('experiments/',),
   'ml_collections': ('experiments/', 'configs/'),

@@ -77,24 +77,31 @@ def _intercept(mesh, remat, local, call, args, kwargs, context):
     return _split_rows(call(*args, **kwargs), mesh)
   if isinstance(module, transformer.Block):
     if remat != 'none' or local:
-      call = functools.partial(_alone, module, mesh if local else None, remat)
+      call = functools.partial(_alone, module, mesh, remat, local)
     x, slots = call(*args, **kwargs)
     return _split_rows(x, mesh), slots
   return call(*args, **kwargs)
 
 
-def _alone(module, mesh, remat, *args):
+def _alone(module, mesh, remat, local, *args):
   """Runs a block as a pure function of its parameters and arguments."""
   root = module.clone(parent=None, name=None)
   params = module.variables['params']
-  run = lambda params, *args: root.apply({'params': params}, *args)
-  if mesh is not None:
+  body = run = lambda params, *args: root.apply({'params': params}, *args)
+  if local:
     rows = meshes.batch_sharding(mesh).spec
-    run = jax.shard_map(
+    body = jax.shard_map(
       run,
       mesh=mesh,
       in_specs=(jax.sharding.PartitionSpec(), *[rows] * len(args)),
       out_specs=rows,
+    )
+  if mesh is not None:
+    # Apart until here: else the weights that were put together for the forward
+    # pass are kept for the backward pass, all layers at once.
+    where = meshes.shardings(params, mesh)
+    run = lambda params, *args: body(
+      jax.lax.with_sharding_constraint(params, where), *args
     )
   if remat == 'none':
     return run(params, *args)
