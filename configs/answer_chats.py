@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct answers questions of ShareGPT, for drafts to learn from.
+"""SmolLM2-135M-Instruct answers ShareGPT questions, for drafts to learn from.
 
     python -m experiments.answer_chats --config=configs/answer_chats.py \
       --workdir=runs/answers

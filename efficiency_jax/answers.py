@@ -1,8 +1,8 @@
-"""A model's own answers, with what it thought at each token, to train drafts on.
+"""A model's own answers and hidden states, to train drafts on.
 
 A draft is trained for the text that its target writes, not for text that people
-wrote: the target's own answers have its repetitions and its confidence. While it
-writes them its hidden states are kept, in float16, so that training needs no
+wrote: the target's own answers have its repetitions and its confidence. While
+it writes them its hidden states are kept, in float16, so that training needs no
 second pass of the target (DistillSpec, arXiv 2310.08461; Medusa's
 self-distillation, 2401.10774).
 """
@@ -67,8 +67,6 @@ class Recorder(drafters.Nothing):
     return super().observe(state, context, longest, features)
 
 
-
-
 def answer(
   lm: LanguageModel,
   prompts: Sequence[Sequence[int]],
@@ -78,7 +76,7 @@ def answer(
   seed: int = 0,
   first_row: int = 0,
 ) -> Answers:
-  """Lets `lm` answer a batch of prompts until its stop token or the end of a row.
+  """Lets `lm` answer prompts, up to its stop token or the end of a row.
 
   Args:
     lm: The model.

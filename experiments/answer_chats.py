@@ -8,7 +8,6 @@ file of tokens and hidden states a batch, and a split by the question's text. A
 run that was stopped goes on with the next batch.
 """
 
-import itertools
 import sys
 import time
 
@@ -16,15 +15,13 @@ import ml_collections
 import numpy as np
 
 from efficiency_jax import answers
-from efficiency_jax.data import chats
-from efficiency_jax.data import prompts as prompt_sets
-from efficiency_jax.data import splits
 from efficiency_jax.io import arrays
 from experiments import answer_files
 from experiments import display
 from experiments import figures
 from experiments import inputs
 from experiments import launch
+from experiments import questions
 from experiments import workdir as workdirs
 
 COLUMNS = {
@@ -42,7 +39,7 @@ def experiment(
 ) -> None:
   """Answers batch by batch, then counts."""
   lm = inputs.load_model(config)
-  cases = batches(lm, config)
+  cases = questions.batches(lm, config)
   records = []
   for name, split, temperature, prompts in display.track(cases, 'answering'):
 
@@ -82,43 +79,6 @@ def experiment(
   table.show()
   image = workdir.save_figure(figures.coverage(counts), 'coverage')
   workdir.write_report(f'{table.markdown()}\n\n![coverage]({image.name})\n')
-
-
-def batches(lm, config) -> list[tuple[str, str, float, list[list[int]]]]:
-  """Name, split, temperature and prompts of each batch."""
-  left_out = [
-    prompt.message for name in config.left_out for prompt in prompt_sets.load(name)
-  ]
-  if config.chats == 'inline':
-    questions = list(config.inline)
-  else:
-    kept = chats.without(chats.load(config.chats), left_out)
-    questions = chats.first_prompts(kept, max_characters=config.max_characters)
-  np.random.default_rng(config.seed).shuffle(questions)
-  found = {'train': [], 'validation': []}
-  wanted = {
-    'train': config.num_train,
-    'validation': config.num_validation,
-  }
-  for question in questions:
-    held = splits.is_validation(question, config.validation_share)
-    split = 'validation' if held else 'train'
-    chat = [{'role': 'user', 'content': question}]
-    ids = lm.tokenizer.encode(lm.tokenizer.apply_chat_template(chat))
-    if len(ids) <= config.max_prompt_tokens and len(found[split]) < wanted[split]:
-      found[split].append(ids)
-    if all(len(found[s]) == wanted[s] for s in wanted):
-      break
-  groups = [
-    (split, found[split][i : i + config.batch])
-    for split in ('validation', 'train')
-    for i in range(0, len(found[split]), config.batch)
-  ]
-  heat = itertools.cycle(config.temperatures)
-  return [
-    (f'{i:05d}', split, next(heat), group)
-    for i, (split, group) in enumerate(groups)
-  ]
 
 
 def _row(records) -> dict:

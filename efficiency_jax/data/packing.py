@@ -11,6 +11,8 @@ import dataclasses
 import grain
 import numpy as np
 
+from efficiency_jax.data import rows
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Document:
@@ -66,13 +68,13 @@ def pack(
   if not len(documents):
     raise ValueError('documents must hold at least one document, not none.')
   read = [_read(document, n) for n, document in enumerate(documents)]
-  rows = _best_fit([len(document.tokens) for document in read], length)
+  filled = _best_fit([len(document.tokens) for document in read], length)
   packed = {
-    'tokens': np.zeros((len(rows), length), np.int32),
-    'segments': np.zeros((len(rows), length), np.int32),
-    'loss_mask': np.zeros((len(rows), length), np.bool_),
+    'tokens': np.zeros((len(filled), length), np.int32),
+    'segments': np.zeros((len(filled), length), np.int32),
+    'loss_mask': np.zeros((len(filled), length), np.bool_),
   }
-  for row, pieces in enumerate(rows):
+  for row, pieces in enumerate(filled):
     begin = 0
     for segment, piece in enumerate(pieces, 1):
       document = read[piece.document]
@@ -124,43 +126,14 @@ def batches(
     ValueError: A number is out of its range, the batch cannot be divided
       among the hosts, or `pack` refuses the documents.
   """
-  if process_count < 1 or not 0 <= process_index < process_count:
-    raise ValueError(
-      f'process_index must be one of 0 to process_count - 1, not'
-      f' {process_index} with a process_count of {process_count}.'
-    )
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(
-      f'batch_size must be a positive multiple of process_count'
-      f' {process_count}, not {batch_size}.'
-    )
-  if epochs is not None and epochs < 1:
-    raise ValueError(f'epochs must be None or at least 1, not {epochs}.')
-  if not 0 <= seed < 2**32:
-    raise ValueError(f'seed must be from 0 to 2**32 - 1, not {seed}.')
-  rows = _filled_up(pack(source, length), batch_size)
-  order = grain.MapDataset.source(_Rows(rows)).seed(seed).shuffle()
-  own = order.repeat(epochs)[process_index::process_count]
-  # The rows lie in memory: threads that read ahead would only wait.
-  at_once = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-  return own.batch(batch_size // process_count).to_iter_dataset(at_once)
-
-
-class _Rows:
-  """Packed rows as grain reads them: one by one."""
-
-  def __init__(self, packed: dict[str, np.ndarray]):
-    self._packed = packed
-
-  def __len__(self) -> int:
-    return len(self._packed['tokens'])
-
-  def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-    return {name: array[row] for name, array in self._packed.items()}
-
-  def __repr__(self) -> str:
-    # A saved state of grain may name its source: by shape, not by content.
-    return f'_Rows(shape={self._packed["tokens"].shape})'
+  return rows.batches(
+    pack(source, length),
+    batch_size=batch_size,
+    seed=seed,
+    epochs=epochs,
+    process_index=process_index,
+    process_count=process_count,
+  )
 
 
 def _read(
@@ -219,16 +192,3 @@ def _best_fit(sizes: Sequence[int], length: int) -> list[list[_Piece]]:
     if left:
       with_room.setdefault(left, []).append(row)
   return rows
-
-
-def _filled_up(
-  packed: dict[str, np.ndarray], multiple: int
-) -> dict[str, np.ndarray]:
-  """Adds rows of padding up to a multiple."""
-  missing = -len(packed['tokens']) % multiple
-  return {
-    name: np.concatenate(
-      [array, np.zeros_like(array, shape=(missing, *array.shape[1:]))]
-    )
-    for name, array in packed.items()
-  }

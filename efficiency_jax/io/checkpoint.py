@@ -205,7 +205,7 @@ def _sha256(path: pathlib.Path) -> str:
 
 
 def _on_first(act: Callable[[], Any], quiet: bool = False) -> None:
-  """Runs `act` on process 0 while the others wait; its failure is everyone's."""
+  """Runs `act` on process 0; all wait for it, and fail if it failed."""
   failure = None
   if jax.process_index() == 0:
     try:

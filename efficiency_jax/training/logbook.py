@@ -48,7 +48,7 @@ class Logbook:
         )
 
   def rewind(self, step: int) -> None:
-    """Forgets every line of a step beyond `step`, and an unfinished last one."""
+    """Forgets the lines of steps beyond `step`, and an unfinished last one."""
     if not self._writes or not self.path.exists():
       return
     lines = self.path.read_bytes().split(b'\n')[:-1]

@@ -58,7 +58,9 @@ class OptimizerConfig:
       raise ValueError(f'state_bits must be 8 or 32, got {self.state_bits}.')
     for name in ('beta1', 'beta2'):
       if not 0 <= getattr(self, name) < 1:
-        raise ValueError(f'{name} must be in [0, 1), got {getattr(self, name)}.')
+        raise ValueError(
+          f'{name} must be in [0, 1), got {getattr(self, name)}.'
+        )
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:

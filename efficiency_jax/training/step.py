@@ -46,8 +46,8 @@ def make_step(
     accumulation: Parts that a batch is taken in, one after another: memory of
       one part, the gradient of all. Must divide the batch.
     compute_dtype: The loss sees floating parameters, trained and frozen, in
-      this dtype; the trained ones themselves, gradients and updates keep theirs.
-      None changes nothing.
+      this dtype; the trained ones themselves, gradients and updates keep
+      theirs. None changes nothing.
     average_decay: d of the moving average `a <- d a + (1 - d) params` that a
       state made with `averaged` keeps.
 
@@ -129,6 +129,7 @@ def _in_parts(x: jax.Array, count: int) -> jax.Array:
   """
   if x.shape[0] % count:
     raise ValueError(
-      f'accumulation {count} must divide the batch, which has {x.shape[0]} rows.'
+      f'accumulation {count} must divide the batch, which has {x.shape[0]}'
+      ' rows.'
     )
   return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)

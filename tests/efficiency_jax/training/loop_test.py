@@ -216,4 +216,3 @@ def _failing_at(number):
     return state, {**metrics, 'loss': jnp.where(bad, jnp.nan, metrics['loss'])}
 
   return step
-

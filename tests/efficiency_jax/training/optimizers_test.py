@@ -13,15 +13,11 @@ from efficiency_jax.training import optimizers
 
 pytestmark = pytest.mark.short
 
-CONFIG = optimizers.OptimizerConfig(
-  learning_rate=0.5, steps=20, warmup_steps=4
-)
+CONFIG = optimizers.OptimizerConfig(learning_rate=0.5, steps=20, warmup_steps=4)
 
 
 def test_rates_rise_over_the_warm_up_and_end_at_their_share():
-  rates = [
-    float(optimizers.learning_rate(CONFIG)(step)) for step in range(21)
-  ]
+  rates = [float(optimizers.learning_rate(CONFIG)(step)) for step in range(21)]
   np.testing.assert_allclose(rates[:5], [0.125, 0.25, 0.375, 0.5, 0.5])
   assert rates[4:] == sorted(rates[4:], reverse=True)
   np.testing.assert_allclose(rates[-1], 0, atol=1e-7)
@@ -55,7 +51,10 @@ def test_decay_spares_vectors_and_gradients_are_clipped():
   [
     ({'learning_rate': 0.0}, 'learning_rate must be > 0, got 0.0'),
     ({'learning_rate': float('nan')}, 'learning_rate must be > 0'),
-    ({'warmup_steps': 20}, r'warmup_steps must be in 0..steps - 1 = 19, got 20'),
+    (
+      {'warmup_steps': 20},
+      r'warmup_steps must be in 0..steps - 1 = 19, got 20',
+    ),
     ({'schedule': 'step'}, "one of constant, cosine, linear, got 'step'"),
     ({'state_bits': 4}, 'state_bits must be 8 or 32, got 4'),
     ({'beta2': 1.0}, r'beta2 must be in \[0, 1\), got 1.0'),

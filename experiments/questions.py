@@ -1,0 +1,50 @@
+"""The questions that `answer_chats` puts to a model, in batches."""
+
+import itertools
+
+import numpy as np
+
+from efficiency_jax.data import chats
+from efficiency_jax.data import prompts as prompt_sets
+from efficiency_jax.data import splits
+
+
+def batches(lm, config) -> list[tuple[str, str, float, list[list[int]]]]:
+  """Name, split, temperature and prompts of each batch."""
+  left_out = [
+    prompt.message
+    for name in config.left_out
+    for prompt in prompt_sets.load(name)
+  ]
+  if config.chats == 'inline':
+    asked = list(config.inline)
+  else:
+    kept = chats.without(chats.load(config.chats), left_out)
+    asked = chats.first_prompts(kept, max_characters=config.max_characters)
+  np.random.default_rng(config.seed).shuffle(asked)
+  found = {'train': [], 'validation': []}
+  wanted = {
+    'train': config.num_train,
+    'validation': config.num_validation,
+  }
+  for question in asked:
+    held = splits.is_validation(question, config.validation_share)
+    split = 'validation' if held else 'train'
+    chat = [{'role': 'user', 'content': question}]
+    ids = lm.tokenizer.encode(lm.tokenizer.apply_chat_template(chat))
+    if (
+      len(ids) <= config.max_prompt_tokens and len(found[split]) < wanted[split]
+    ):
+      found[split].append(ids)
+    if all(len(found[s]) == wanted[s] for s in wanted):
+      break
+  groups = [
+    (split, found[split][i : i + config.batch])
+    for split in ('validation', 'train')
+    for i in range(0, len(found[split]), config.batch)
+  ]
+  heat = itertools.cycle(config.temperatures)
+  return [
+    (f'{i:05d}', split, next(heat), group)
+    for i, (split, group) in enumerate(groups)
+  ]
