@@ -44,6 +44,8 @@ setuptools.setup(
   packages=setuptools.find_packages(
     include=['efficiency_jax*', 'pallas_kernels*']
   ),
+  # Trained drafts; see efficiency_jax/drafts.py.
+  package_data={'efficiency_jax': ['shipped/*.safetensors']},
   install_requires=[
     'jax>=0.10',
     'flax>=0.12',

@@ -32,11 +32,14 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   config.max_new_tokens = 40 if demo else 64
   config.batches = (1, 8)
   config.stop = True  # end a row at the model's stop tokens
-  # Each is 'drafter' or 'drafter/verifier', with ', LENGTH' for a fixed draft.
+  # Each is 'drafter' or 'drafter/verifier', with ', LENGTH' for a fixed draft:
+  # of trees, the one of that many tokens; 'medusa chain, 3' is no tree.
   config.methods = ('n-gram', 'early exit, 3', 'draft model, 3')
   config.fixed_lengths = (3, 7)  # of n-gram, beside the adaptive one
   config.exit_layers = 10
   config.draft_every = 3  # the draft model: every third layer, untrained
+  # Of methods 'medusa' and 'eagle': the name of a shipped draft, or a file.
+  config.trained = ml_collections.ConfigDict({'medusa': '', 'eagle': ''})
   config.repeats = 1
   config.seed = 0
   config.sampling = ml_collections.ConfigDict(

@@ -2,10 +2,16 @@
 
 import pathlib
 
+import jax
+import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from efficiency_jax import answers
+from efficiency_jax.decoding import draft_vocabulary
 from efficiency_jax.io import arrays
+from efficiency_jax.io import pretrained
+from efficiency_jax.models import transformer
 
 FOLDER = 'answers'
 
@@ -29,12 +35,94 @@ def load(workdir: str | pathlib.Path, split: str) -> answers.Answers:
   return answers.Answers(*map(np.concatenate, zip(*parts, strict=True)))
 
 
+def training_arrays(made: answers.Answers) -> dict[str, np.ndarray]:
+  """What losses of drafts read: the tokens of answers are to be learnt.
+
+  `tokens` [R, N] int32, `hidden` [R, N, D] float16, and `loss_mask` [R, N], 1
+  where the next token is one of the answer.
+  """
+  place = np.arange(made.tokens.shape[1])
+  learnt = place >= made.start[:, None] - 1
+  learnt &= place < made.length[:, None] - 1
+  return {
+    'tokens': made.tokens,
+    'hidden': made.hidden,
+    'loss_mask': learnt.astype(np.float32),
+  }
+
+
+def texts(workdir: str | pathlib.Path, split: str) -> list[np.ndarray]:
+  """The tokens of each answer of a split, without its question."""
+  made = load(workdir, split)
+  return [
+    tokens[start:length]
+    for tokens, start, length in zip(
+      made.tokens, made.start, made.length, strict=True
+    )
+  ]
+
+
+def for_drafts(
+  lm: pretrained.LanguageModel, config: ml_collections.ConfigDict
+) -> tuple[dict[str, dict[str, np.ndarray]], np.ndarray | None]:
+  """Arrays to train and to judge a draft on, and the tokens it may draft.
+
+  Args:
+    lm: The target, whose answers they are.
+    config: `answers`, their folder, and `vocabulary`, how many of the most
+      frequent tokens of the training answers; 0 is all tokens.
+
+  Returns:
+    `training_arrays` of 'train' and 'validation', the latter with `coverage`,
+    and the vocabulary [R] or None.
+  """
+  splits = {
+    split: training_arrays(load(config.answers, split))
+    for split in ('train', 'validation')
+  }
+  width = splits['train']['hidden'].shape[-1]
+  if width != lm.config.width:
+    raise ValueError(
+      f'--config.answers={config.answers} holds states of width {width}, those'
+      f' of {lm.name} have {lm.config.width}: take the answers of this model.'
+    )
+  if not config.vocabulary:
+    return splits, None
+  vocabulary = draft_vocabulary.by_frequency(
+    texts(config.answers, 'train'),
+    config.vocabulary,
+    lm.config.vocab_size,
+    always=lm.tokenizer.stop_ids,
+  )
+  held_out = splits['validation']
+  held_out['coverage'] = coverage(lm, held_out['hidden'], vocabulary)
+  return splits, vocabulary
+
+
 def counts(
   workdir: str | pathlib.Path, split: str, vocab_size: int
 ) -> np.ndarray:
   """How often each token stands in the answers of a split: [V] int64."""
-  made = load(workdir, split)
-  place = np.arange(made.tokens.shape[1])
-  written = place >= made.start[:, None]
-  written &= place < made.length[:, None]
-  return np.bincount(made.tokens[written], minlength=vocab_size)
+  return np.bincount(
+    np.concatenate(texts(workdir, split)), minlength=vocab_size
+  )
+
+
+def coverage(
+  lm: pretrained.LanguageModel, hidden: np.ndarray, vocabulary: np.ndarray
+) -> np.ndarray:
+  """Probability that the model gives to a vocabulary: [R, N] float32.
+
+  Args:
+    lm: The model.
+    hidden: [R, N, D], its states after the final norm.
+    vocabulary: [R'] int32, tokens.
+  """
+  head = transformer.head_fn(lm.config)
+
+  @jax.jit
+  def of_row(params, states):
+    p = jax.nn.softmax(head(params, states.astype(jnp.float32)))
+    return p[..., vocabulary].sum(-1)
+
+  return np.stack([np.asarray(of_row(lm.params, row)) for row in hidden])

@@ -6,6 +6,7 @@ COLUMNS = {
   'method': 'method',
   'prompts': 'prompts',
   'batch': 'batch',
+  'nodes': 'nodes',
   'tokens_per_second': 'tokens/s',
   'speedup': 'speed-up',
   'predicted_speedup': 'predicted',
@@ -46,12 +47,16 @@ def row(method, part, batch, records, config) -> dict:
     for m, f in facts.items()
   }
   peak = facts[method.name]['peak_bytes']
+  lengths = method.engine.decoder.schedule.lengths
+  length = lengths[0] if len(lengths) == 1 else method.force_length
   return {
     'method': method.name,
     'baseline': decoding.BASELINE,
     'prompts': part,
     'batch': batch,
     'draft_length': method.force_length,
+    # Tokens that the target reads in a round; none where that is adaptive.
+    'nodes': None if length is None else length + 1,
     **decoding.summarize(
       [r['methods'][method.name] for r in records],
       [r['methods'][decoding.BASELINE] for r in records],

@@ -1,6 +1,8 @@
 """What a person sees of a run: tables, a progress bar, an empty figure."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+import collections.abc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -105,24 +107,53 @@ def track(
     completed: Steps that an earlier, interrupted run had done already.
   """
   if total is None:
-    if not isinstance(items, Sized):
+    if not isinstance(items, collections.abc.Sized):
       raise ValueError('total must be given for items without a length.')
     total = completed + len(items)
-  progress = rich.progress.Progress(
+  with _progress() as progress:
+    task = progress.add_task(description, total=total, completed=completed)
+    for item in items:
+      yield item
+      progress.advance(task)
+
+
+@contextlib.contextmanager
+def steps(total: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+  """A progress bar of training: what `training.loop.fit` reports to.
+
+  It shows the step, the loss, tokens a second, the share of the peak
+  arithmetic where that is known, and the time left.
+  """
+  with _progress(rich.progress.TextColumn('{task.fields[numbers]}')) as bar:
+    task = bar.add_task('training', total=total, numbers='', start=False)
+
+    def report(step: int, numbers: Mapping[str, float]) -> None:
+      if not bar.tasks[task].started:
+        # Rate and time left count from where this process began.
+        bar.update(task, completed=step - 1)
+        bar.start_task(task)
+      shown = [f'loss {numbers["loss"]:.3f}']
+      if 'tokens_per_second' in numbers:
+        shown.append(f'{_cell(numbers["tokens_per_second"])} tokens/s')
+      if 'model_flops_utilization' in numbers:
+        shown.append(f'MFU {numbers["model_flops_utilization"]:.0%}')
+      bar.update(task, completed=step, numbers=', '.join(shown))
+
+    yield report
+
+
+def _progress(*columns) -> rich.progress.Progress:
+  return rich.progress.Progress(
     rich.progress.TextColumn('{task.description}', markup=False),
     rich.progress.BarColumn(),
     rich.progress.MofNCompleteColumn(),
     _Rate(),
     rich.progress.TimeRemainingColumn(),
+    *columns,
     console=rich.console.Console(stderr=True),
     speed_estimate_period=600.0,  # a slow step takes minutes
     disable=jax.process_index() != 0,
   )
-  with progress:
-    task = progress.add_task(description, total=total, completed=completed)
-    for item in items:
-      yield item
-      progress.advance(task)
 
 
 def figure(

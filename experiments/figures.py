@@ -212,3 +212,48 @@ def coverage(counts: Sequence[int]) -> 'figures.Figure':
   axis.set_title('How much of the text few tokens cover')
   axis.grid(alpha=0.3)
   return figure
+
+
+def training(history: Sequence[Mapping[str, Any]]) -> 'figures.Figure':
+  """The loss of every step and of evaluations, and alpha of each guess."""
+  figure, (losses, alphas) = display.figure(width=8.6, height=3.8, ncols=2)
+  steps = [entry for entry in history if 'loss' in entry]
+  held_out = [entry for entry in history if 'validation_loss' in entry]
+  losses.plot(
+    [entry['step'] for entry in steps],
+    [entry['loss'] for entry in steps],
+    color=_COLOURS[0],
+    linewidth=0.8,
+    alpha=0.6,
+    label='a step',
+  )
+  places = [entry['step'] for entry in held_out]
+  losses.plot(
+    places,
+    [entry['validation_loss'] for entry in held_out],
+    'o-',
+    color=_COLOURS[1],
+    label='held-out answers',
+  )
+  losses.set_title('loss')
+  names = [
+    name
+    for name in (held_out[0] if held_out else {})
+    if name.startswith('validation_alpha_')
+  ]
+  for name, colour in zip(names, itertools.cycle(_COLOURS)):
+    alphas.plot(
+      places,
+      [entry[name] for entry in held_out],
+      'o-',
+      color=colour,
+      label=f'guess {name.rpartition("_")[2]}',
+    )
+  alphas.set_title('chance that a guess is kept, alpha = 1 - TV')
+  alphas.set_ylim(0, 1)
+  for axis in (losses, alphas):
+    axis.set_xlabel('step')
+    axis.spines[['top', 'right']].set_visible(False)
+    if axis.get_legend_handles_labels()[0]:
+      axis.legend(frameon=False, fontsize=8)
+  return figure

@@ -35,6 +35,7 @@ from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
 from efficiency_jax.io import assets
+from efficiency_jax.training import loop
 from experiments import workdir as workdirs
 
 Experiment = Callable[..., Any]  # of the config and the opened workdir
@@ -60,8 +61,8 @@ def run(
       shown, not what it measures. They reach `experiment` as keyword arguments.
 
   Raises:
-    SystemExit: With code 1 after a user's mistake, 130 after Ctrl-C, and 0
-      after `--help`.
+    SystemExit: With code 1 after a user's mistake, 130 after Ctrl-C, 143 after
+      SIGTERM in training, and 0 after `--help`.
   """
   debug = any(arg.lstrip('-') in ('debug', 'debug=true') for arg in argv[1:])
   try:
@@ -76,6 +77,9 @@ def run(
   except KeyboardInterrupt:
     print('interrupted: the same command goes on from here.', file=sys.stderr)
     raise SystemExit(130) from None
+  except loop.Preempted as stop:
+    print(f'{stop} The same command goes on from there.', file=sys.stderr)
+    raise SystemExit(143) from None
   except (ValueError, OSError, flags.Error) as error:
     if debug:
       traceback.print_exc()

@@ -1,6 +1,12 @@
 """The ways of decoding that a config names."""
 
+import dataclasses
+import functools
+import pathlib
+
+from efficiency_jax import drafts
 from efficiency_jax import engine as engine_lib
+from efficiency_jax.decoding import token_tree
 from efficiency_jax.evaluation import decoding
 from efficiency_jax.io import pretrained
 from efficiency_jax.models import layers
@@ -29,17 +35,29 @@ def build(lm, config) -> list[decoding.Method]:
       ),
     )
   ]
+  trained = functools.cache(lambda kind: _trained(lm, config, kind))
   for name in config.methods:
     kind, _, length = name.partition(', ')
     drafter, _, verifier = kind.partition('/')
+    drafter, _, _ = drafter.partition(' chain')
     if length and not length.isdigit():
       raise ValueError(
         f"methods are 'drafter', 'drafter/verifier' or either with ', LENGTH':"
         f' {name!r} is none of them.'
       )
+    heads = trained(drafter) if drafter in ('medusa', 'eagle') else None
+    if name.startswith(f'{drafter} chain'):
+      if heads is None or not length:
+        raise ValueError(
+          f"{name!r}: chains are 'medusa chain, LENGTH' or 'eagle chain,"
+          " LENGTH'."
+        )
+      shapes = (token_tree.chain(int(length)),) if drafter == 'medusa' else ()
+      heads = dataclasses.replace(heads, trees=shapes)
     engine = engine_lib.prepare(
       lm,
       drafter=drafter,
+      heads=heads,
       draft=draft if drafter == 'draft model' else None,
       exit_layers=config.exit_layers if drafter == 'early exit' else None,
       draft_length=int(length) if length else None,
@@ -55,3 +73,24 @@ def build(lm, config) -> list[decoding.Method]:
       for g in lengths
     ]
   return chosen
+
+
+def _trained(lm, config, kind: str) -> drafts.Draft:
+  """The trained draft that `config.trained` names: a shipped one, or a file."""
+  name = config.trained.get(kind, '')
+  if not name:
+    script = {'eagle': 'train_draft', 'medusa': 'train_medusa'}[kind]
+    raise ValueError(
+      f'method {kind!r} needs --config.trained.{kind}: the name of a shipped'
+      f' draft, or a file that {script} made.'
+    )
+  is_file = name.endswith('.safetensors')
+  if is_file and not pathlib.Path(name).is_file():
+    raise ValueError(f'--config.trained.{kind}={name}: there is no such file.')
+  draft = drafts.load(name if is_file else drafts.shipped(name), lm)
+  wanted = drafts.kind(draft)
+  if wanted != kind:
+    raise ValueError(
+      f'--config.trained.{kind}={name} is a draft for {wanted!r}.'
+    )
+  return draft

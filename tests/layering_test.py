@@ -29,6 +29,7 @@ BELOW_TRAINING = GROUND | TECHNIQUES | {'models', 'io', 'data', 'distributed'}
 LIBRARY = BELOW_TRAINING | {
   'answers',
   'conversation',
+  'drafts',
   'engine',
   'evaluation',
   'footprint',
@@ -51,6 +52,8 @@ MAY_IMPORT = {
   'decoding': GROUND | {'models', 'distillation'},
   # QLoRA is LoRA over a 4-bit model: the method itself needs both.
   'adaptation': GROUND | {'models', 'quantization'},
+  # Trained drafts as files.
+  'drafts': GROUND | {'models', 'io', 'decoding'},
   # A model made ready to decode; and text in, text out around it.
   'engine': GROUND | {'models', 'io', 'decoding'},
   'generation': GROUND | {'models', 'io', 'decoding', 'engine'},

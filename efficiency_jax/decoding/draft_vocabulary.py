@@ -67,14 +67,18 @@ def sub_table(
   return embed(vocabulary, table)
 
 
+def table(target: Params) -> jax.Array:
+  """The table [V, D] that the target's output head scores."""
+  return target[_name(target)]['table']
+
+
 def head(target: Params, vocabulary: jax.Array) -> Params:
   """The parameters of the target's output head, for fewer tokens.
 
   `transformer.head_fn` reads them as it reads the target's own, and gives
   logits [..., R].
   """
-  name = 'head' if 'head' in target else 'embedding'
-  return {name: {'table': sub_table(target[name]['table'], vocabulary)}}
+  return {_name(target): {'table': sub_table(table(target), vocabulary)}}
 
 
 def columns(vocabulary: jax.Array, vocab_size: int) -> jax.Array:
@@ -92,3 +96,8 @@ def spread(
   edge = [(0, 0)] * (logits.ndim - 1) + [(0, 1)]
   padded = jnp.pad(logits, edge, constant_values=-jnp.inf)
   return jnp.take(padded, columns, axis=-1)
+
+
+def _name(target: Params) -> str:
+  """A target with tied embeddings has no head beside them."""
+  return 'head' if 'head' in target else 'embedding'

@@ -164,6 +164,64 @@ def loss(
   return total, metrics
 
 
+def ranks(
+  form: eagle.Form,
+  params: Params,
+  target: Params,
+  batch: Mapping[str, jax.Array],
+  steps: int,
+  *,
+  vocabulary: jax.Array | None = None,
+  most: int = 10,
+) -> tuple[jax.Array, jax.Array]:
+  """Place of the text's token among the guesses at it: what a tree needs.
+
+  The guess at the i-th token after a position stands on the text's own i - 1
+  tokens before it, as in the branch of a tree where those were right.
+
+  Args:
+    form: Of the draft.
+    params: Of the draft.
+    target: Of the target.
+    batch: As for `loss`.
+    steps: K, tokens ahead.
+    vocabulary: [R] int32, if the form has one.
+    most: Best guesses to look among.
+
+  Returns:
+    Places [B, T, K] int32, -1 where the token is not among the best `most`, and
+    where [B, T] all K tokens are to be learnt.
+  """
+  tokens = batch['tokens']
+  # The last position has no next token.
+  mask = (batch['loss_mask'] > 0).at[:, -1].set(False)
+  segments = batch.get('segments')
+  head, columns = target, tokens
+  if vocabulary is not None:
+    head = draft_vocabulary.head(target, vocabulary)
+    size = form.target.vocab_size
+    columns = draft_vocabulary.columns(vocabulary, size)[tokens]
+  states = rollout(
+    form, params, target, tokens, batch['hidden'], steps, segments
+  )
+  places, usable = [], jnp.ones(mask.shape, bool)
+  reach = reached(tokens.shape, steps, segments)
+  for i, (state, there) in enumerate(zip(states, reach, strict=True)):
+    _, best = lax.top_k(eagle.scores_fn(form)(head, state), most)
+    right = best == _later(columns, 1)[..., None]
+    place = jnp.where(right.any(-1), jnp.argmax(right, axis=-1), -1)
+    # Step i stands i positions after the one that it drafts from.
+    places.append(_later(place, i))
+    usable &= _later(there & mask, i)
+  return jnp.stack(places, axis=-1).astype(jnp.int32), usable
+
+
+def _later(x: jax.Array, by: int) -> jax.Array:
+  """x [B, T, ...] at position t + by, zeros beyond the last."""
+  pad = [(0, 0), (0, by)] + [(0, 0)] * (x.ndim - 2)
+  return jnp.pad(x, pad)[:, by:]
+
+
 def _alpha(teacher, student, mask, coverage) -> jax.Array:
   """Mean of sum_v min(p_v, q_v), with p of mass `coverage` inside."""
   p, q = (jnp.exp(losses.log_probabilities(x)) for x in (teacher, student))

@@ -8,25 +8,38 @@ token t + 1, and guesses token t + 1 + k (arXiv 2401.10774, section 2.2.1):
 V_k begins as zeros and W_k as the target's output head, so that every head
 begins as the target's own guess at token t + 1. `Heads` says what W_k is: one
 of its own as in the paper; the target's own, which leaves only V_k to be
-trained and stored; or that with a correction of low rank.
+trained and stored; or that with a correction of low rank. Each of them may
+score the most frequent tokens alone (`draft_vocabulary`).
 
 The guesses fill a tree, node by node: the node at depth k with rank r among its
-siblings holds the r-th best guess of head k, whatever its parent holds. The
-target then reads the whole tree in one pass.
+siblings holds the r-th best guess of head k, whatever its parent holds. A bias
+by the token y before the guess, here the parent's, mends that (the Markov head
+of DSpark, arXiv 2607.05147):
+
+    p_k = softmax(W_k x_k + U P e_y),    P [r, D], U [V, r]
+
+with e_y the target's embedding of y; U is one for all heads and begins as
+zeros. Then the tree is filled level by level, but W_k x_k is still computed
+once.
+
+The target reads the whole tree in one pass.
 """
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
-from efficiency_jax.decoding.drafters import Forecast
+from efficiency_jax.decoding import draft_vocabulary
+from efficiency_jax.decoding import drafters
 from efficiency_jax.decoding.token_tree import TokenTree
 from efficiency_jax.decoding.token_tree import chain
 from efficiency_jax.decoding.verifiers import Proposal
+from efficiency_jax.linear import embed
 from efficiency_jax.linear import linear
 from efficiency_jax.types import Params
 
@@ -44,21 +57,30 @@ class Heads:
     own: Whether each head has an output head of its own. Then its parameters
       are as large as the target's output head.
     rank: Rank of a correction to the shared output head; 0 is none.
+    vocabulary: R, tokens that they may guess; None is all. Which ones says
+      `vocabulary` [R] among the parameters that a drafter is given.
+    markov: Rank of the bias by the token before a guess; 0 is none.
   """
 
   count: int = 4
   blocks: int = 1
   own: bool = False
   rank: int = 0
+  vocabulary: int | None = None
+  markov: int = 0
 
   def __post_init__(self):
-    if self.count < 1 or self.blocks < 1 or self.rank < 0:
+    if self.count < 1 or self.blocks < 1 or min(self.rank, self.markov) < 0:
       raise ValueError(
-        'count and blocks must be >= 1 and rank >= 0, got'
-        f' {self.count}, {self.blocks}, {self.rank}.'
+        'count and blocks must be >= 1, rank and markov >= 0, got'
+        f' {self.count}, {self.blocks}, {self.rank}, {self.markov}.'
       )
     if self.own and self.rank:
       raise ValueError('a head of its own needs no correction: rank must be 0.')
+    if self.vocabulary is not None and self.vocabulary < 1:
+      raise ValueError(
+        f'vocabulary must be >= 1 or None, got {self.vocabulary}.'
+      )
 
 
 def init(
@@ -68,12 +90,25 @@ def init(
 
   Args:
     heads: Their form.
-    key: Of the factor of a low-rank correction that does not begin as zeros.
+    key: Of the factors of low-rank products that do not begin as zeros.
     width: D.
     vocab_size: V.
     table: The parameters that the target's output head reads, as a tree of its
-      own: copied for heads that have one.
+      own: copied for heads that have one. With a vocabulary, those of
+      `draft_vocabulary.head`.
+
+  Raises:
+    ValueError: The vocabulary is larger than the target's, or a table to copy
+      has not one row for each token.
   """
+  size = vocab_size if heads.vocabulary is None else heads.vocabulary
+  if size > vocab_size:
+    raise ValueError(f'vocabulary must be <= {vocab_size}, got {size}.')
+  if heads.own and len(draft_vocabulary.table(table)) != size:
+    raise ValueError(
+      f'table must have the {size} rows that the heads score, got'
+      f' {len(draft_vocabulary.table(table))}: take `draft_vocabulary.head`.'
+    )
   params = {}
   for k in range(heads.count):
     one: dict[str, Any] = {
@@ -83,10 +118,11 @@ def init(
     if heads.own:
       one['output'] = jax.tree.map(jnp.array, table)
     if heads.rank:
-      down = jax.random.normal(jax.random.fold_in(key, k), (width, heads.rank))
-      one['down'] = {'kernel': down * width**-0.5}
-      one['up'] = {'kernel': jnp.zeros((heads.rank, vocab_size))}
+      one |= _factors(jax.random.fold_in(key, k), width, heads.rank, size)
     params[f'head_{k}'] = one
+  if heads.markov:
+    last = jax.random.fold_in(key, heads.count)
+    params['markov'] = _factors(last, width, heads.markov, size)
   return params
 
 
@@ -96,12 +132,31 @@ def logits(
   hidden: jax.Array,  # [..., D]
   output_head: OutputHead,
   target: Params,
+  previous: jax.Array | None = None,  # [..., K, D]
 ) -> jax.Array:
-  """What each head thinks of the token it guesses: [..., K, V] float32.
+  """What each head thinks of the token it guesses: [..., K, R] float32.
 
   Heads that `init` made give the target's own logits, to the last bit of a
   product of the same shape.
+
+  Args:
+    heads: The form.
+    params: Of the heads.
+    hidden: States of the target.
+    output_head: The target's head.
+    target: What it reads: the target's parameters, or with a vocabulary those
+      of `draft_vocabulary.head`.
+    previous: The target's embeddings of the token before each guess, for heads
+      with a Markov bias.
+
+  Raises:
+    ValueError: `previous` is missing, or the heads have no use for it.
   """
+  if (previous is None) != (heads.markov == 0):
+    raise ValueError(
+      'previous must be given if and only if markov > 0, got'
+      f' {"none" if previous is None else "some"} with markov {heads.markov}.'
+    )
   own = [params[f'head_{k}'] for k in range(heads.count)]
 
   def blocks(x, one):
@@ -114,18 +169,37 @@ def logits(
     scores = [
       output_head(one['output'], states[..., k, :]) for k, one in enumerate(own)
     ]
-    return jnp.stack(scores, axis=-2)
-  # One product for all heads: it reads the table once.
-  scores = output_head(target, states)
+    scores = jnp.stack(scores, axis=-2)
+  else:
+    # One product for all heads: it reads the table once.
+    scores = output_head(target, states)
   if heads.rank:
     corrections = [
-      linear(
-        linear(states[..., k, :], one['down']['kernel']), one['up']['kernel']
-      )
-      for k, one in enumerate(own)
+      _through(states[..., k, :], one) for k, one in enumerate(own)
     ]
-    scores = scores + jnp.stack(corrections, axis=-2).astype(scores.dtype)
+    scores += jnp.stack(corrections, axis=-2)
+  if heads.markov:
+    scores += markov_bias(params, previous)
   return scores
+
+
+def markov_bias(params: Params, previous: jax.Array) -> jax.Array:
+  """U P e_y for embeddings e_y [..., D]: what to add to logits [..., R]."""
+  return _through(previous, params['markov'])
+
+
+def _factors(key: jax.Array, width: int, rank: int, size: int) -> Params:
+  """Two factors of a product [D, R] that begins as zero."""
+  down = jax.random.normal(key, (width, rank)) * width**-0.5
+  return {
+    'down': {'kernel': down},
+    'up': {'kernel': jnp.zeros((rank, size))},
+  }
+
+
+def _through(x: jax.Array, factors: Params) -> jax.Array:
+  down = linear(x, factors['down']['kernel'])
+  return linear(down, factors['up']['kernel'])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,26 +209,46 @@ class TrainedHeads:
   Attributes:
     form: Of the heads.
     params: Their parameters.
+    vocabulary: [R] tokens that they may guess, if the form has a vocabulary.
     trees: Shapes of drafts to choose from, each of another size.
   """
 
   form: Heads
   params: Params
+  vocabulary: jax.Array | None = None
   trees: tuple[TokenTree, ...]
+
+  def __post_init__(self):
+    size = None if self.vocabulary is None else len(self.vocabulary)
+    if size != self.form.vocabulary:
+      raise ValueError(
+        f'vocabulary must have {self.form.vocabulary} tokens as the form says,'
+        f' got {size}.'
+      )
 
   @property
   def weights(self) -> Params:
     """What `drafters.Weights.draft` holds."""
-    return self.params
+    if self.vocabulary is None:
+      return self.params
+    vocabulary = jnp.asarray(self.vocabulary, jnp.int32)
+    return {**self.params, 'vocabulary': vocabulary}
+
+
+class State(NamedTuple):
+  """What the drafter carries from round to round."""
+
+  hidden: jax.Array  # [B, D], the state that the next guesses come from
+  head: Params | None  # of fewer tokens; None is the target's, or their own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Medusa:
   """The drafter: guesses of the heads on a tree; see `drafters`.
 
-  Its state is the hidden state of each row that the next guesses come from. The
-  draft is deterministic, so sampled text is verified as on any deterministic
-  draft.
+  The draft's parameters are those of `init`, and beside them `vocabulary` [R]
+  int32 if the form has one. The draft is deterministic, so sampled text is
+  verified as on any deterministic draft.
 
   Attributes:
     heads: Form of the heads, whose parameters are the draft's.
@@ -179,6 +273,12 @@ class Medusa:
           f'a tree of height {tree.height} needs as many heads, got'
           f' {self.heads.count}.'
         )
+      size, widest = self.heads.vocabulary, int(tree.rank.max()) + 1
+      if size is not None and widest > size:
+        raise ValueError(
+          f'a tree with {widest} siblings needs as many tokens, got a'
+          f' vocabulary of {size}.'
+        )
 
   def tree(self, length: int) -> TokenTree:
     """The tree of `length + 1` nodes."""
@@ -192,31 +292,64 @@ class Medusa:
 
   def init(self, weights, context, longest, hidden):
     """The state before the last token of the prompt, zeros if it has one."""
-    del weights, longest
+    del longest
     before = jnp.maximum(context.length - 2, 0)[:, None, None]
     state = jnp.take_along_axis(hidden, before, axis=1)[:, 0]
-    return jnp.where(context.length[:, None] > 1, state, 0)
+    state = jnp.where(context.length[:, None] > 1, state, 0)
+    head = None
+    if self.heads.vocabulary is not None and not self.heads.own:
+      head = draft_vocabulary.head(weights.target, weights.draft['vocabulary'])
+    return State(state, head)
 
   def propose(self, weights, state, cache, context, length, purpose):
     """The best guesses, each where the tree has a place for it."""
-    del context, purpose
+    del purpose
     tree = self.tree(length)
-    # A lower tree asks fewer heads.
-    asked = dataclasses.replace(self.heads, count=tree.height)
-    scores = logits(
-      asked, weights.draft, state, self.output_head, weights.target
-    )
-    most = int(tree.rank.max()) + 1
-    _, best = lax.top_k(scores, most)  # [B, height, most]
-    tokens = best[:, tree.depth[1:] - 1, tree.rank[1:]].astype(jnp.int32)
+    # A lower tree asks fewer heads; a bias waits for the tokens.
+    asked = dataclasses.replace(self.heads, count=tree.height, markov=0)
+    head = weights.target if state.head is None else state.head
+    scores = logits(asked, weights.draft, state.hidden, self.output_head, head)
+    if self.heads.markov:
+      tokens = self._level_by_level(weights, scores, context, tree)
+    else:
+      best = self._best(weights, scores, tree.rank)  # [B, height, most]
+      tokens = best[:, tree.depth[1:] - 1, tree.rank[1:]]
     count = jnp.full(tokens.shape[:1], length, jnp.int32)
     return Proposal(tokens, count, None), state, cache
 
   def observe(self, state, context, longest, features):
     """The state of the last position that was read and kept."""
-    zero = jnp.zeros_like(context.length)
     if features is not None:
       last = jnp.maximum(features.count - 1, 0)[:, None, None]
       new = jnp.take_along_axis(features.hidden, last, axis=1)[:, 0]
-      state = jnp.where(features.count[:, None] > 0, new, state)
-    return state, Forecast(zero + longest, zero)
+      new = jnp.where(features.count[:, None] > 0, new, state.hidden)
+      state = state._replace(hidden=new)
+    return state, drafters.always(context, longest)
+
+  def _best(self, weights, scores: jax.Array, ranks: np.ndarray) -> jax.Array:
+    """The best tokens of `scores` [..., R], as many as ranks ask for."""
+    _, best = lax.top_k(scores, int(ranks.max()) + 1)
+    if self.heads.vocabulary is not None:
+      best = jnp.take(weights.draft['vocabulary'], best)
+    return best.astype(jnp.int32)
+
+  def _level_by_level(self, weights, scores, context, tree) -> jax.Array:
+    """Guesses that know the token before them: [B, N - 1].
+
+    `scores` [B, height, R] are those of the heads, which do not.
+    """
+    table = weights.target['embedding']['table']
+    root = jnp.take_along_axis(
+      context.tokens, context.length[:, None] - 1, axis=1
+    )
+    tokens = jnp.pad(root, ((0, 0), (0, len(tree) - 1)))
+    for depth in range(1, tree.height + 1):
+      born = np.flatnonzero(tree.depth == depth)
+      parents, of = np.unique(
+        np.asarray(tree.parents)[born], return_inverse=True
+      )
+      previous = embed(tokens[:, parents], table)
+      biased = scores[:, depth - 1, None] + markov_bias(weights.draft, previous)
+      best = self._best(weights, biased, tree.rank[born])  # [B, parents, most]
+      tokens = tokens.at[:, born].set(best[:, of, tree.rank[born]])
+    return tokens[:, 1:]

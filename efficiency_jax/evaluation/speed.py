@@ -254,6 +254,28 @@ def read_bandwidth(size: int = 512 * 2**20, *, repeats: int = 8) -> float:
   return array.nbytes / timing.minimum_seconds
 
 
+def arithmetic_rate(size: int = 2048, *, repeats: int = 5) -> float:
+  """Floating-point operations a second of a float32 matrix product here.
+
+  What utilization is measured against where no data sheet applies: the best of
+  `repeats` products of two [size, size] matrices, on all devices together.
+  """
+  if size < 1:
+    raise ValueError(f'size must be >= 1, got {size}.')
+  matrix = jnp.ones((size, size), jnp.float32)
+  timing = measure(jax.jit(jnp.dot), matrix, matrix, repeats=repeats, warmup=2)
+  return 2.0 * size**3 / timing.minimum_seconds * jax.device_count()
+
+
+def compiled_flops(program: jax.stages.Compiled) -> float:
+  """Operations of a compiled program as its compiler counts them; 0 unknown.
+
+  The body of a loop is counted once.
+  """
+  found = program.cost_analysis() or {}
+  return float(found.get('flops', 0.0))
+
+
 def _seconds(fn: Callable[[], Any]) -> float:
   """Wall-clock seconds of one call, up to its results being there."""
   start = time.perf_counter()

@@ -60,3 +60,21 @@ def test_track_of_a_stream_needs_its_length():
   assert list(display.track(iter('ab'), 'steps', total=2)) == ['a', 'b']
   with pytest.raises(ValueError, match='total'):
     list(display.track(iter('ab'), 'steps'))
+
+
+def test_steps_of_training_go_on_from_where_they_were(capsys):
+  with display.steps(10) as report:
+    report(5, {'loss': 2.5})
+    report(
+      6,
+      {
+        'loss': 1.25,
+        'tokens_per_second': 12_345.0,
+        'model_flops_utilization': 0.5,
+      },
+    )
+  shown = ' '.join(capsys.readouterr().err.split())
+  assert '6/10' in shown
+  assert 'loss 1.250' in shown
+  assert '12,345' in shown
+  assert 'MFU 50%' in shown

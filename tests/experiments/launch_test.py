@@ -12,6 +12,7 @@ import sys
 import jax
 import pytest
 
+from efficiency_jax.training import loop
 from experiments import launch
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -236,6 +237,20 @@ def test_a_mistake_found_later_is_one_line_too(config, tmp_path, capsys, error):
   with pytest.raises(SystemExit):
     launch.run('squares', experiment, [*argv, '--debug'])
   assert re.search('Traceback(.|\n)*in experiment', capsys.readouterr().err)
+
+
+def test_a_training_that_was_asked_to_end_says_so(config, tmp_path, capsys):
+  def fail(config, workdir):
+    raise loop.Preempted('stopped at step 3 of 9.')
+
+  arguments = [f'--config={config}', f'--workdir={tmp_path / "run"}']
+  with pytest.raises(SystemExit) as ended:
+    launch.run('measure', fail, ['measure', *arguments])
+  assert ended.value.code == 143
+  error = capsys.readouterr().err
+  assert error == (
+    'stopped at step 3 of 9. The same command goes on from there.\n'
+  )
 
 
 def test_a_programming_error_keeps_its_traceback(config, tmp_path):

@@ -50,6 +50,8 @@ def test_a_reduced_head_is_part_of_the_head(every):
   vocabulary = jnp.asarray([7, 0, 9, 3], jnp.int32)
   scores = transformer.head_fn(config)
   whole = scores(params, hidden)
+  table = draft_vocabulary.table(params)
+  assert table is params['head' if every else 'embedding']['table']
   part = scores(draft_vocabulary.head(params, vocabulary), hidden)
   np.testing.assert_allclose(part, whole[..., vocabulary], atol=1e-5)
   columns = draft_vocabulary.columns(vocabulary, config.vocab_size)

@@ -10,6 +10,7 @@ import pytest
 from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import eagle_training
 from efficiency_jax.decoding import sampling
+from efficiency_jax.models import cache as kv_cache
 from efficiency_jax.models import transformer
 from tests import fixtures
 from tests.efficiency_jax.decoding import eagle_models
@@ -223,3 +224,50 @@ def test_a_vocabulary_that_the_form_does_not_say_is_refused():
     eagle_training.loss(form, {}, {}, {}, vocabulary=jnp.arange(5))
   with pytest.raises(ValueError, match='vocabulary must be in 1..11 or None'):
     eagle.Form(target=fixtures.config(), vocabulary=12)
+
+
+def test_ranks_are_places_among_the_guesses_of_the_draft_itself():
+  """Token by token: the draft fed with the text and its own states."""
+  target = fixtures.config()
+  form = eagle.Form(target=target, vocabulary=6)
+  weights = eagle_models.weights(form)
+  batch, _ = _batch(target, weights.target)
+  del batch['segments']
+  tokens = batch['tokens']
+  output, _ = transformer.apply_fn(target)(weights.target, tokens)
+  batch |= {
+    'hidden': output.hidden,
+    'loss_mask': jnp.ones((2, 9)).at[1, 6].set(0),
+  }
+  vocabulary = np.asarray(weights.draft['vocabulary'])
+  found, mask = jax.jit(
+    functools.partial(eagle_training.ranks, form, steps=3, most=4)
+  )(weights.draft, weights.target, batch, vocabulary=jnp.asarray(vocabulary))
+  # The token after position t + i must be one that is learnt.
+  expected = np.zeros((2, 9), bool)
+  expected[:, :6] = True
+  expected[1, 4:] = False
+  np.testing.assert_array_equal(mask, expected)
+  step = jax.jit(functools.partial(eagle.apply, form))
+  for row, t in zip(*np.nonzero(expected), strict=True):
+    text = tokens[row : row + 1]
+    before = jnp.pad(output.hidden[row : row + 1, :t], ((0, 0), (1, 0), (0, 0)))
+    cache = kv_cache.init(form.config, 1, 16, jnp.float32)
+    own, cache = step(
+      weights.draft, weights.target, text[:, : t + 1], before, cache
+    )
+    state = own[:, -1:]
+    for i in range(3):
+      scores = eagle.scores_fn(form)(eagle_models.head(weights), state[0, 0])
+      order = vocabulary[np.argsort(-np.asarray(scores))[:4]].tolist()
+      right = int(text[0, t + i + 1])
+      place = order.index(right) if right in order else -1
+      assert found[row, t, i] == place
+      if i < 2:
+        state, cache = step(
+          weights.draft,
+          weights.target,
+          text[:, t + i + 1 : t + i + 2],
+          state,
+          cache,
+        )

@@ -1,7 +1,6 @@
 """Medusa heads, and trees of tokens through the real loop."""
 
 import dataclasses
-import functools
 
 import chex
 import hypothesis
@@ -21,8 +20,9 @@ from efficiency_jax.decoding import verifiers
 from efficiency_jax.evaluation import speed
 from efficiency_jax.models import transformer
 from tests import fixtures
+from tests.efficiency_jax.decoding import medusa_models
 
-_TARGET = fixtures.config()
+_TARGET = medusa_models.TARGET
 _VOCAB = _TARGET.vocab_size
 _SLOTS = 64
 _PROMPTS = [[1, 2, 3, 1, 2], [7], [4, 9, 9, 4, 9, 9, 4]]
@@ -30,28 +30,17 @@ _MIXED = {'temperature': [0.0, 1.0, 0.7], 'top_p': [1.0, 1.0, 0.9]}
 _TREE = token_tree.from_choices(
   [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (1, 0, 1), (1, 0, 0)]
 )
-_HEADS = medusa.Heads(count=3)
+_HEADS = medusa_models.FORMS[0]
+_SIZE = len(medusa_models.VOCABULARY)
 
 
-def _table(params):
-  return {'embedding': params['embedding']}
+def _weights(heads=_HEADS):
+  return medusa_models.weights(heads)
 
 
-@functools.cache
-def _weights(seed=0):
-  """The target, and heads that guess something of their own."""
-  target = fixtures.params(_TARGET)
-  heads = medusa.init(
-    _HEADS, jax.random.key(0), _TARGET.width, _VOCAB, _table(target)
-  )
-  rng = np.random.default_rng(seed)
-  noisy = lambda x: x + 0.5 * rng.standard_normal(x.shape).astype(np.float32)
-  return drafters.Weights(target, jax.tree.map(noisy, heads))
-
-
-def _decoder(verifier, *trees, drafter=None, **options):
+def _decoder(verifier, *trees, drafter=None, heads=_HEADS, **options):
   drafter = drafter or medusa.Medusa(
-    heads=_HEADS, output_head=transformer.head_fn(_TARGET), trees=trees
+    heads=heads, output_head=transformer.head_fn(_TARGET), trees=trees
   )
   lengths = tuple(sorted(len(tree) - 1 for tree in trees))
   return speculative.Decoder(
@@ -68,7 +57,7 @@ def _generate(decoder, prompts, budget, weights=None, **options):
   extra = _SLOTS - longest - decoder.slack
   return fixtures.generate(
     decoder,
-    weights or _weights(),
+    weights or _weights(getattr(decoder.drafter, 'heads', _HEADS)),
     _TARGET,
     prompts,
     budget,
@@ -88,95 +77,124 @@ def _plain(prompts, budget, **options):
 # The heads.
 
 
-@pytest.mark.parametrize('own', [False, True])
-@pytest.mark.parametrize('rank', [0, 3])
-@pytest.mark.parametrize('blocks', [1, 2])
+@pytest.mark.parametrize(
+  ('own', 'rank', 'blocks'), [(False, 0, 1), (False, 3, 2), (True, 0, 1)]
+)
 @pytest.mark.parametrize('every', [False, True])
 def test_new_heads_guess_what_the_target_guesses(own, rank, blocks, every):
-  if own and rank:
-    with pytest.raises(ValueError, match='rank must be 0'):
-      medusa.Heads(own=own, rank=rank)
-    return
   config = fixtures.every_option() if every else _TARGET
   params = fixtures.params(config)
   tokens = jnp.asarray([[1, 5, 2, 2], [3, 3, 0, 9]], jnp.int32)
   output, _ = transformer.apply_fn(config)(params, tokens)
   form = medusa.Heads(count=3, blocks=blocks, own=own, rank=rank)
   name = 'embedding' if config.tie_embeddings else 'head'
-  heads = medusa.init(
-    form,
-    jax.random.key(0),
-    config.width,
-    config.vocab_size,
-    {name: params[name]},
-  )
+  key, size = jax.random.key(0), config.vocab_size
+  heads = medusa.init(form, key, config.width, size, {name: params[name]})
   head = transformer.head_fn(config)
   got = medusa.logits(form, heads, output.hidden, head, params)
-  chex.assert_shape(got, (2, 4, 3, config.vocab_size))
+  chex.assert_shape(got, (2, 4, 3, size))
   np.testing.assert_array_equal(head(params, output.hidden), output.logits)
-  # Exact where the products have one shape; three heads at once have another.
-  exact = np.testing.assert_array_equal if own else None
   for k in range(3):
-    if exact:
-      exact(got[:, :, k], output.logits)
     np.testing.assert_allclose(got[:, :, k], output.logits, atol=1e-5)
+    if own:
+      # Exact where the products have one shape; three heads have another.
+      np.testing.assert_array_equal(got[:, :, k], output.logits)
 
 
-def test_a_head_is_the_formula_of_the_paper():
-  rng = np.random.default_rng(0)
-  hidden, w1, a, b = (
-    rng.standard_normal(s) for s in ((16,), (16, 16), (16, 2), (2, _VOCAB))
-  )
-  form = medusa.Heads(count=1, rank=2)
-  heads = {
-    'head_0': {
-      'block_0': {'kernel': jnp.asarray(w1, jnp.float32)},
-      'down': {'kernel': jnp.asarray(a, jnp.float32)},
-      'up': {'kernel': jnp.asarray(b, jnp.float32)},
-    }
-  }
+@pytest.mark.parametrize('own', [False, True])
+def test_new_heads_of_few_tokens_are_part_of_the_head(own):
   params = fixtures.params(_TARGET)
+  form = medusa.Heads(
+    count=2, own=own, rank=0 if own else 3, vocabulary=_SIZE, markov=2
+  )
+  key, width = jax.random.key(0), _TARGET.width
+  head = medusa_models.table(form)
+  heads = medusa.init(form, key, width, _VOCAB, head)
+  rng = np.random.default_rng(0)
+  hidden = jnp.asarray(rng.standard_normal((4, width)), jnp.float32)
+  previous = jnp.asarray(rng.standard_normal((4, 2, width)), jnp.float32)
+  score = transformer.head_fn(_TARGET)
+  got = medusa.logits(form, heads, hidden, score, head, previous)
+  right = np.asarray(score(params, hidden))[:, None, medusa_models.VOCABULARY]
+  np.testing.assert_allclose(got, right.repeat(2, axis=1), atol=1e-5)
+  with pytest.raises(ValueError, match='previous must be given if and only if'):
+    medusa.logits(form, heads, hidden, score, head)
+  with pytest.raises(ValueError, match='got some with markov 0'):
+    medusa.logits(_HEADS, heads, hidden, score, head, previous)
+  if own:
+    with pytest.raises(ValueError, match='must have the 8 rows .* got 11'):
+      medusa.init(form, key, width, _VOCAB, params)
+  with pytest.raises(ValueError, match='vocabulary must be <= 7, got 8'):
+    medusa.init(form, key, width, 7, head)
+
+
+@pytest.mark.parametrize('heads', medusa_models.FORMS, ids=str)
+def test_a_head_is_the_formula_of_the_papers(heads):
+  weights = _weights(heads)
+  hidden = np.random.default_rng(0).standard_normal(_TARGET.width)
+  previous = np.arange(heads.count) + 4
   got = medusa.logits(
-    form,
     heads,
+    weights.draft,
     jnp.asarray(hidden, jnp.float32),
     transformer.head_fn(_TARGET),
-    params,
+    {**weights.target, **medusa_models.table(heads)},
+    weights.target['embedding']['table'][previous] if heads.markov else None,
   )
-  inner = hidden @ w1
-  x = hidden + inner / (1 + np.exp(-inner))
-  table = np.asarray(params['embedding']['table'], np.float64)
-  np.testing.assert_allclose(got[0], table @ x + x @ a @ b, rtol=2e-4)
+  for k in range(1, heads.count + 1):
+    right = medusa_models.formula(heads, hidden, k, previous[k - 1])
+    np.testing.assert_allclose(got[k - 1], right, rtol=2e-4, atol=2e-4)
 
 
-def test_guesses_stand_where_the_tree_has_a_place_for_them():
-  """A node at depth k and rank r holds the r-th best guess of head k."""
-  drafter = _decoder('greedy', _TREE).drafter
-  hidden = np.random.default_rng(1).standard_normal((3, _TARGET.width))
-  hidden = jnp.asarray(hidden, jnp.float32)
+@pytest.mark.parametrize('heads', medusa_models.FORMS, ids=str)
+@pytest.mark.parametrize('shuffled', [False, True])
+def test_guesses_stand_where_the_tree_has_a_place_for_them(heads, shuffled):
+  """Children of a node at depth k - 1 are the best guesses of head k there."""
+  tree = _TREE
+  if shuffled:  # parents before children, but not level by level
+    tree = token_tree.TokenTree((-1, 0, 1, 2, 0, 1, 4, 2, 0, 6))
+  drafter = _decoder('greedy', tree, heads=heads).drafter
+  weights = _weights(heads)
+  states = np.random.default_rng(1).standard_normal((3, 9, _TARGET.width))
+  states = jnp.asarray(states, jnp.float32)
   context = fixtures.context(_PROMPTS, room=30)
-  proposal, state, cache = drafter.propose(
-    _weights(), hidden, 'the cache', context, 9, sampling.Purpose.SAMPLE
-  )
-  assert state is hidden
-  assert cache == 'the cache'
+  begun = drafter.init(weights, context, 9, states)
+  proposal, state, cache = jax.jit(
+    lambda state: drafter.propose(
+      weights, state, (), context, 9, sampling.Purpose.SAMPLE
+    )
+  )(begun)
+  chex.assert_trees_all_equal(state, begun)
+  assert cache == ()
   assert proposal.count.tolist() == [9] * 3
-  scores = medusa.logits(
-    _HEADS, _weights().draft, hidden, drafter.output_head, _weights().target
-  )
-  order = np.argsort(-np.asarray(scores), axis=-1)
-  for node, choices in enumerate(_TREE.choices):
-    right = order[:, len(choices) - 1, choices[-1]]
-    assert proposal.tokens[:, node].tolist() == right.tolist()
+  for row, prompt in enumerate(_PROMPTS):
+    hidden = states[row, len(prompt) - 2] * (len(prompt) > 1)
+    tokens = [prompt[-1], *proposal.tokens[row].tolist()]
+    for node in range(1, 10):
+      parent = tokens[tree.parents[node]]
+      scores = medusa_models.formula(heads, hidden, tree.depth[node], parent)
+      best = np.argsort(-scores)[tree.rank[node]]
+      if heads.vocabulary is not None:
+        best = medusa_models.VOCABULARY[best]
+      assert tokens[node] == best
 
 
 def test_what_is_no_form_or_tree_is_refused():
   with pytest.raises(ValueError, match='count and blocks must be >= 1'):
     medusa.Heads(count=0)
+  with pytest.raises(ValueError, match='rank must be 0'):
+    medusa.Heads(own=True, rank=1)
   with pytest.raises(ValueError, match='height 3 needs as many heads, got 2'):
     medusa.Medusa(heads=medusa.Heads(count=2), output_head=None, trees=(_TREE,))
   with pytest.raises(ValueError, match='differ in size'):
     medusa.Medusa(heads=_HEADS, output_head=None, trees=(_TREE, _TREE))
+  with pytest.raises(ValueError, match='vocabulary must be >= 1 or None'):
+    medusa.Heads(vocabulary=0)
+  few = medusa.Heads(count=3, vocabulary=2)
+  with pytest.raises(ValueError, match='3 siblings .* a vocabulary of 2'):
+    medusa.Medusa(heads=few, output_head=None, trees=(_TREE,))
+  with pytest.raises(ValueError, match='must have 2 tokens as the form says'):
+    medusa.TrainedHeads(form=few, params={}, trees=(_TREE,))
   with pytest.raises(ValueError, match="verifier 'block' takes no trees"):
     _decoder('block', _TREE)
   with pytest.raises(ValueError, match='no tree has 4 tokens'):
@@ -188,9 +206,13 @@ def test_what_is_no_form_or_tree_is_refused():
 _prompt = st.lists(st.integers(0, _VOCAB - 1), min_size=1, max_size=10)
 
 
-@pytest.mark.parametrize('verifier', ['greedy', 'coupled'])
-def test_text_is_that_of_plain_decoding(verifier):
-  decoder = _decoder(verifier, _TREE)
+@pytest.mark.parametrize(
+  ('verifier', 'heads'),
+  [('greedy', medusa_models.FORMS[-1]), ('coupled', _HEADS)],
+  ids=['greedy', 'coupled'],
+)
+def test_text_is_that_of_plain_decoding(verifier, heads):
+  decoder = _decoder(verifier, _TREE, heads=heads)
   settings = sampling.make(3, **_MIXED) if verifier == 'coupled' else None
 
   @hypothesis.given(
@@ -215,7 +237,11 @@ def test_text_is_that_of_plain_decoding(verifier):
       assert len(text) - len(prompt) <= c.accepted[row] + c.runs[row]
       assert (c.tested_at[row, 1:] <= c.accepted_at[row, :-1]).all()
       refused = np.asarray(state.refused)[row, span]
-      assert (refused >= 0).sum() == (c.tested_at - c.accepted_at)[row].sum()
+      refused = refused[refused >= 0]
+      assert len(refused) == (c.tested_at - c.accepted_at)[row].sum()
+      if heads.vocabulary is not None:
+        drafted = {*refused, *np.asarray(text)[span][accepted]}
+        assert drafted <= set(medusa_models.VOCABULARY)
 
   check()
 
@@ -353,7 +379,7 @@ def test_the_state_that_drafts_is_that_of_the_text():
     output, _ = apply(_weights().target, state.tokens)
     for row, text in enumerate(fixtures.texts(state)):
       right = output.hidden[row, len(text) - 2] if len(text) > 1 else 0
-      np.testing.assert_allclose(state.draft[row], right, atol=1e-5)
+      np.testing.assert_allclose(state.draft.hidden[row], right, atol=1e-5)
 
 
 def test_a_round_of_a_tree_copies_no_cache():

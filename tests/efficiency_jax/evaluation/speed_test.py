@@ -159,6 +159,18 @@ def test_read_bandwidth_refuses_an_array_that_fits_a_cache():
     speed.read_bandwidth(1000)
 
 
+def test_arithmetic_rate_is_that_of_some_machine():
+  assert 1e8 < speed.arithmetic_rate(64, repeats=2) < 1e17
+  with pytest.raises(ValueError, match='size must be >= 1'):
+    speed.arithmetic_rate(0)
+
+
+def test_compiled_flops_are_those_of_a_product():
+  a, b = jnp.ones((8, 16)), jnp.ones((16, 32))
+  program = jax.jit(jnp.dot).lower(a, b).compile()
+  assert speed.compiled_flops(program) == 2 * 8 * 16 * 32
+
+
 def _program(fn, *args):
   return jax.jit(fn).lower(*args).compile().as_text()
 

@@ -1,0 +1,54 @@
+"""A one-layer draft (EAGLE) for SmolLM2-135M-Instruct, from its own answers.
+
+    python -m experiments.answer_chats --config=configs/answer_chats.py \
+      --workdir=runs/answers
+    python -m experiments.train_draft --config=configs/train_draft.py \
+      --workdir=runs/train_draft --config.answers=runs/answers
+
+One block of the target's kind, which begins as the target's last; the output
+head scores the 8,192 most frequent tokens of the training answers; three
+drafted tokens are trained for. `configs/train_draft.py:tiny` is a check on
+random weights and the answers of `configs/answer_chats.py:tiny`.
+
+Hardware: two CPU cores, 6 GB of memory, at most an hour.
+"""
+
+import ml_collections
+
+
+def get_config(size: str = 'full') -> ml_collections.ConfigDict:
+  """The whole run, or a tiny one."""
+  if size not in ('full', 'tiny'):
+    raise ValueError(f'sizes are full and tiny, got {size!r}')
+  tiny = size == 'tiny'
+  config = ml_collections.ConfigDict()
+  config.model = 'untrained' if tiny else 'smollm2-135m'
+  config.dtype = 'float32'
+  config.answers = 'runs/answers'  # a folder that answer_chats made
+  config.vocabulary = 128 if tiny else 8192  # tokens it may draft; 0 is all
+  config.ffn_width = 0  # of its feed-forward; 0 is the target's
+  config.copy_layer = True  # begin as the target's last block, or random
+  config.steps = 2 if tiny else 3  # drafted tokens that are trained for
+  config.objectives = ml_collections.ConfigDict({'forward_kl': 1.0})
+  config.tree_nodes = (4, 8) if tiny else (4, 8, 16, 32, 64)
+  config.tree_height = 3 if tiny else 6
+  config.tree_choices = 4 if tiny else 10  # that a node may have
+  config.seed = 0
+  config.training = ml_collections.ConfigDict()
+  config.training.batch = 4 if tiny else 8
+  config.training.epochs = 2 if tiny else 6
+  config.training.accumulation = 1
+  config.training.evaluate_every = 2 if tiny else 128
+  config.training.save_every = 0
+  config.training.average_decay = 0.0  # of the parameters' average; 0 is none
+  config.training.tensorboard = False
+  config.training.optimizer = ml_collections.ConfigDict(
+    {
+      'learning_rate': 2e-3,
+      'warmup_steps': 1 if tiny else 30,
+      'schedule': 'cosine',
+      'weight_decay': 0.0,
+      'clip_norm': 1.0,
+    }
+  )
+  return config

@@ -1,0 +1,60 @@
+"""Medusa's heads for SmolLM2-135M-Instruct, from its own answers.
+
+    python -m experiments.answer_chats --config=configs/answer_chats.py \
+      --workdir=runs/answers
+    python -m experiments.train_medusa --config=configs/train_medusa.py \
+      --workdir=runs/train_medusa --config.answers=runs/answers
+
+Four heads of one residual block each share the target's output head, of which
+they read the 8,192 most frequent tokens. `configs/train_medusa.py:tiny` is a
+check on random weights and the answers of `configs/answer_chats.py:tiny`.
+
+Hardware: two CPU cores, 6 GB of memory, at most an hour.
+"""
+
+import ml_collections
+
+
+def get_config(size: str = 'full') -> ml_collections.ConfigDict:
+  """The whole run, or a tiny one."""
+  if size not in ('full', 'tiny'):
+    raise ValueError(f'sizes are full and tiny, got {size!r}')
+  tiny = size == 'tiny'
+  config = ml_collections.ConfigDict()
+  config.model = 'untrained' if tiny else 'smollm2-135m'
+  config.dtype = 'float32'
+  config.answers = 'runs/answers'  # a folder that answer_chats made
+  config.vocabulary = 128 if tiny else 8192  # tokens it may guess; 0 is all
+  config.heads = ml_collections.ConfigDict(
+    {
+      'count': 3 if tiny else 4,
+      'blocks': 1,
+      'own': False,  # an output head of its own for each head
+      'rank': 0,  # of a correction to the shared output head
+      'markov': 8 if tiny else 64,  # of a bias by the token before the guess
+    }
+  )
+  # 'token' is the text's next token; others are of distillation/losses.py.
+  config.objectives = ml_collections.ConfigDict({'token': 1.0})
+  config.decay = 0.8  # weight of a head over that of the one before
+  config.tree_nodes = (4, 8) if tiny else (4, 8, 16, 32, 64)
+  config.tree_choices = 4 if tiny else 10  # that a node may have
+  config.seed = 0
+  config.training = ml_collections.ConfigDict()
+  config.training.batch = 4 if tiny else 8
+  config.training.epochs = 2 if tiny else 5
+  config.training.accumulation = 1
+  config.training.evaluate_every = 2 if tiny else 128
+  config.training.save_every = 0
+  config.training.average_decay = 0.0  # of the parameters' average; 0 is none
+  config.training.tensorboard = False
+  config.training.optimizer = ml_collections.ConfigDict(
+    {
+      'learning_rate': 1e-3,
+      'warmup_steps': 1 if tiny else 30,
+      'schedule': 'cosine',
+      'weight_decay': 0.0,
+      'clip_norm': 1.0,
+    }
+  )
+  return config

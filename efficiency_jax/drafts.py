@@ -1,0 +1,247 @@
+"""Trained drafts as files: parameters, shape, whose draft it is, and a card.
+
+    drafts.save('eagle.safetensors', draft, lm=lm, card={'data': '...'})
+    draft = drafts.load('eagle.safetensors', lm)
+    generation.generate(lm, prompts, drafter='eagle', heads=draft)
+
+One safetensors file holds the parameters in float16, the form of the draft, its
+trees, a card for people, facts about the target and a sha256 over all of it.
+
+A draft is useless beside another model, though it never changes a text, so the
+target is known again by its tokenizer, its config and its weights. Of the
+weights a few rows of the embedding table are kept and compared with room for
+error, and no hash of them, because a model loaded in another dtype, quantized
+or fine-tuned has other bits and keeps its draft; a model trained from another
+beginning has rows that have nothing to do with these.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import hashlib
+import importlib.resources
+import json
+import os
+import pathlib
+from typing import Any
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficiency_jax import trees
+from efficiency_jax.decoding import eagle
+from efficiency_jax.decoding import medusa
+from efficiency_jax.decoding import token_tree
+from efficiency_jax.io import arrays
+from efficiency_jax.io import errors
+from efficiency_jax.io.pretrained import LanguageModel
+from efficiency_jax.linear import embed
+
+Draft = medusa.TrainedHeads | eagle.TrainedDraft
+
+# Classes of the draft and of its form, by the name of the drafter.
+_KINDS = {
+  'medusa': (medusa.TrainedHeads, medusa.Heads),
+  'eagle': (eagle.TrainedDraft, eagle.Form),
+}
+_FACTS = {'kind', 'form', 'trees', 'target', 'card'}
+_PACKAGE = pathlib.Path(str(importlib.resources.files('efficiency_jax')))
+_SHIPPED = _PACKAGE / 'shipped'
+
+_REMEDY = 'update efficiency_jax, or take another file'
+
+# Rows of the embedding table that are kept, and how far those of the target may
+# be from them, relative to their norm. Rounding to 4 bits moves them by about
+# 0.1, and independently trained rows are sqrt(2) apart.
+_ROWS = 16
+_FARTHEST = 0.5
+
+
+def save(
+  path: str | os.PathLike[str],
+  draft: Draft,
+  *,
+  lm: LanguageModel,
+  card: Mapping[str, str],
+) -> None:
+  """Writes a draft of `lm`, replacing the file in one step.
+
+  Args:
+    path: By convention it ends in `.safetensors`.
+    draft: The parameters are rounded to float16.
+    lm: The target that it was trained for.
+    card: What people should know: data, command, numbers, licence.
+
+  Raises:
+    ValueError: A parameter is not finite in float16, the draft is for another
+      config, or the card holds something else than strings. The file is as it
+      was.
+  """
+  form = {
+    field.name: getattr(draft.form, field.name)
+    for field in dataclasses.fields(draft.form)
+  }
+  # An EAGLE draft's form has a target; the facts below say which.
+  if form.pop('target', lm.config) != lm.config:
+    raise ValueError(
+      f'the draft is for another config than that of {lm.name}: save it with'
+      ' the model that it was trained for.'
+    )
+  if not all(isinstance(x, str) for pair in card.items() for x in pair):
+    raise ValueError(f'card must map strings to strings, got {dict(card)}.')
+  values = {
+    f'params/{name}': _half(name, leaf)
+    for name, leaf in trees.leaves(draft.params)
+  }
+  if draft.vocabulary is not None:
+    values['vocabulary'] = np.asarray(draft.vocabulary, np.int32)
+  values['target/embedding'] = _rows(lm).astype(np.float16)
+  facts = {
+    'kind': kind(draft),
+    'form': form,
+    'trees': [tree.parents for tree in draft.trees],
+    'target': {
+      'name': lm.name,
+      'tokenizer': lm.tokenizer.fingerprint,
+      'config': dataclasses.asdict(lm.config),
+    },
+    'card': dict(card),
+  }
+  metadata = {name: json.dumps(fact) for name, fact in facts.items()}
+  metadata['sha256'] = _digest(values, metadata)
+  arrays.save(path, values, metadata)
+
+
+def load(path: str | os.PathLike[str], lm: LanguageModel) -> Draft:
+  """The draft of a file, its parameters in the dtype of those of `lm`.
+
+  Raises:
+    ValueError: It is for a model of another tokenizer, config or weights.
+    FileFormatError: The file is damaged, or no draft that is known here.
+  """
+  values, facts = _read(path)
+  if facts['kind'] not in _KINDS:
+    raise errors.FileFormatError(
+      path,
+      f'holds a draft of kind {facts["kind"]!r}, which is unknown here',
+      _REMEDY,
+    )
+  _check_target(path, facts['target'], values.pop('target/embedding'), lm)
+  with errors.as_format_error(path, 'making the draft', _REMEDY):
+    draft_class, form_class = _KINDS[facts['kind']]
+    form = facts['form']
+    if form_class is eagle.Form:
+      form['target'] = lm.config
+    vocabulary = values.pop('vocabulary', None)
+    if vocabulary is not None:
+      vocabulary = jnp.asarray(vocabulary)
+    dtype = jax.tree.leaves(lm.params)[0].dtype
+    params = traverse_util.unflatten_dict(
+      {k: jnp.asarray(v, dtype) for k, v in values.items()}, sep='/'
+    )
+    return draft_class(
+      form=form_class(**form),
+      params=params['params'],
+      vocabulary=vocabulary,
+      trees=tuple(token_tree.TokenTree(tuple(t)) for t in facts['trees']),
+    )
+
+
+def kind(draft: Draft) -> str:
+  """The drafter that a draft is for: 'medusa' or 'eagle'."""
+  return 'eagle' if isinstance(draft, eagle.TrainedDraft) else 'medusa'
+
+
+def card(path: str | os.PathLike[str]) -> dict[str, str]:
+  """What the file says to people.
+
+  Raises:
+    FileFormatError: As `load` does.
+  """
+  return _read(path)[1]['card']
+
+
+def shipped(name: str) -> pathlib.Path:
+  """The file of a draft that is part of this package.
+
+  Raises:
+    ValueError: There is none of that name; the message lists those there are.
+  """
+  found = {path.stem: path for path in sorted(_SHIPPED.glob('*.safetensors'))}
+  if name not in found:
+    there = f'there are {", ".join(found)}' if found else 'none is shipped'
+    raise ValueError(f'no draft {name!r} is shipped: {there}.')
+  return found[name]
+
+
+def _read(
+  path: str | os.PathLike[str],
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """The arrays and the facts of a file, once it is known to be whole."""
+  values, metadata = arrays.load(path)
+  seal = metadata.pop('sha256', None)
+  if metadata.keys() != _FACTS:
+    raise errors.FileFormatError(
+      path, 'is not a draft', 'pass a file that drafts.save wrote'
+    )
+  if seal != _digest(values, metadata):
+    raise errors.FileFormatError(path, 'is damaged', 'get it again')
+  return values, {name: json.loads(fact) for name, fact in metadata.items()}
+
+
+def _check_target(
+  path: str | os.PathLike[str],
+  target: Mapping[str, Any],
+  rows: np.ndarray,
+  lm: LanguageModel,
+) -> None:
+  here = json.loads(json.dumps(dataclasses.asdict(lm.config)))
+  # Fields that a config did not have when the file was made are not compared.
+  different = [k for k, v in target['config'].items() if here.get(k) != v]
+  if target['tokenizer'] != lm.tokenizer.fingerprint:
+    why = 'their tokenizers differ'
+  elif different:
+    name = different[0]
+    why = f'{name} is {target["config"][name]} there, {here.get(name)} here'
+  elif _distance(_rows(lm), rows) > _FARTHEST:
+    why = 'their weights have nothing in common'
+  else:
+    return
+  raise ValueError(
+    f'{os.fspath(path)} is a draft for {target["name"]!r}, not for'
+    f' {lm.name!r} ({why}): take one that was trained for {lm.name!r}.'
+  )
+
+
+def _rows(lm: LanguageModel) -> np.ndarray:
+  """A few rows of the embedding table, from all over it: [16, D] float32."""
+  tokens = np.linspace(0, lm.config.vocab_size - 1, _ROWS).astype(np.int32)
+  return np.asarray(embed(tokens, lm.params['embedding']['table']), np.float32)
+
+
+def _distance(here: np.ndarray, there: np.ndarray) -> float:
+  there = there.astype(np.float32)
+  return np.linalg.norm(here - there) / max(np.linalg.norm(there), 1e-30)
+
+
+def _half(name: str, leaf: jax.Array) -> np.ndarray:
+  with np.errstate(over='ignore'):
+    half = np.asarray(leaf).astype(np.float16)
+  if not np.isfinite(half).all():
+    raise ValueError(
+      f'parameter {name} is not finite in float16, which ends at 65504: take'
+      ' a checkpoint from before the training diverged.'
+    )
+  return half
+
+
+def _digest(
+  values: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> str:
+  """sha256 over all that a file says."""
+  digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+  for name, array in sorted(values.items()):
+    digest.update(f'{name} {array.dtype} {array.shape}'.encode())
+    digest.update(array.tobytes())
+  return digest.hexdigest()

@@ -1,0 +1,86 @@
+"""Trains a one-layer draft on the answers of its target.
+
+    python -m experiments.train_draft --config=configs/train_draft.py \\
+      --workdir=runs/train_draft
+
+The answers are those of `answer_chats`. The run leaves `draft.safetensors`,
+which `decode` reads, with trees of the best shapes; its table says how often
+the i-th drafted token would be kept, its figure how that grew.
+"""
+
+import functools
+import sys
+
+import jax
+import ml_collections
+
+from efficiency_jax.decoding import eagle
+from efficiency_jax.decoding import eagle_training
+from efficiency_jax.training import objectives
+from experiments import answer_files
+from experiments import calibration
+from experiments import draft_report
+from experiments import inputs
+from experiments import launch
+from experiments import training_run
+from experiments import workdir as workdirs
+
+
+def experiment(
+  config: ml_collections.ConfigDict, workdir: workdirs.Workdir
+) -> None:
+  """Trains, calibrates, saves and reports."""
+  lm = inputs.load_model(config)
+  splits, vocabulary = answer_files.for_drafts(lm, config)
+  form = eagle.Form(
+    target=lm.config,
+    vocabulary=config.vocabulary or None,
+    ffn_width=config.ffn_width or None,
+  )
+  params = eagle.init(
+    form,
+    jax.random.key(config.seed),
+    lm.params,
+    copy_layer=config.copy_layer,
+  )
+  frozen = objectives.frozen(lm.params, vocabulary)
+  result = training_run.train(
+    config.training,
+    workdir,
+    params=params,
+    frozen=frozen,
+    loss=objectives.draft(
+      form, steps=config.steps, objectives=tuple(config.objectives.items())
+    ),
+    rows=splits['train'],
+    held_out=splits['validation'],
+    seed=config.seed,
+  )
+  ranks = functools.partial(
+    eagle_training.ranks,
+    form,
+    result.params,
+    frozen['target'],
+    steps=config.tree_height,
+    vocabulary=frozen.get('vocabulary'),
+    most=config.tree_choices,
+  )
+  found = calibration.places(ranks, splits['validation'], config.training.batch)
+  shapes, table = calibration.trees(
+    found, config.tree_nodes, config.tree_choices
+  )
+  draft = eagle.TrainedDraft(
+    form=form, params=result.params, vocabulary=vocabulary, trees=shapes
+  )
+  draft_report.write(
+    workdir, result, found, table, 'drafted token', splits['train'], draft, lm
+  )
+
+
+def main(argv) -> None:
+  """Runs the experiment from a command line."""
+  launch.run('train_draft', experiment, argv)
+
+
+if __name__ == '__main__':
+  main(sys.argv)

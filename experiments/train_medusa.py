@@ -1,0 +1,91 @@
+"""Trains Medusa's heads on the answers of their target, which stays as it is.
+
+    python -m experiments.train_medusa --config=configs/train_medusa.py \\
+      --workdir=runs/train_medusa
+
+The answers are those of `answer_chats`, whose hidden states are all that the
+heads see. The run leaves `draft.safetensors`, which `decode` reads, with trees
+of the best shapes; its table says how often each head guesses right.
+"""
+
+import functools
+import sys
+
+import jax
+import ml_collections
+
+from efficiency_jax.decoding import draft_vocabulary
+from efficiency_jax.decoding import medusa
+from efficiency_jax.decoding import medusa_training
+from efficiency_jax.models import transformer
+from efficiency_jax.training import objectives
+from experiments import answer_files
+from experiments import calibration
+from experiments import draft_report
+from experiments import inputs
+from experiments import launch
+from experiments import training_run
+from experiments import workdir as workdirs
+
+
+def experiment(
+  config: ml_collections.ConfigDict, workdir: workdirs.Workdir
+) -> None:
+  """Trains, calibrates, saves and reports."""
+  lm = inputs.load_model(config)
+  splits, vocabulary = answer_files.for_drafts(lm, config)
+  form = medusa.Heads(vocabulary=config.vocabulary or None, **config.heads)
+  frozen = objectives.frozen(lm.params, vocabulary)
+  output_head = transformer.head_fn(lm.config)
+  table = frozen['target']
+  if vocabulary is not None:
+    table = draft_vocabulary.head(table, vocabulary)
+  result = training_run.train(
+    config.training,
+    workdir,
+    params=medusa.init(
+      form,
+      jax.random.key(config.seed),
+      lm.config.width,
+      lm.config.vocab_size,
+      table,
+    ),
+    frozen=frozen,
+    loss=objectives.heads(
+      form,
+      output_head,
+      objectives=tuple(config.objectives.items()),
+      decay=config.decay,
+    ),
+    rows=splits['train'],
+    held_out=splits['validation'],
+    seed=config.seed,
+  )
+  ranks = functools.partial(
+    medusa_training.ranks,
+    form,
+    output_head,
+    result.params,
+    frozen['target'],
+    vocabulary=frozen.get('vocabulary'),
+    most=config.tree_choices,
+  )
+  found = calibration.places(ranks, splits['validation'], config.training.batch)
+  shapes, shown = calibration.trees(
+    found, config.tree_nodes, config.tree_choices
+  )
+  heads = medusa.TrainedHeads(
+    form=form, params=result.params, vocabulary=vocabulary, trees=shapes
+  )
+  draft_report.write(
+    workdir, result, found, shown, 'head', splits['train'], heads, lm
+  )
+
+
+def main(argv) -> None:
+  """Runs the experiment from a command line."""
+  launch.run('train_medusa', experiment, argv)
+
+
+if __name__ == '__main__':
+  main(sys.argv)
