@@ -5,7 +5,7 @@
     python -m experiments.train_draft --config=configs/train_draft.py \
       --workdir=runs/train_draft --config.answers=runs/answers
 
-One block of the target's kind, which begins as the target's last; the output
+One block of the target's kind, which begins as the best linear draft; the output
 head scores the 8,192 most frequent tokens of the training answers; three
 drafted tokens are trained for. `configs/train_draft.py:tiny` is a check on
 random weights and the answers of `configs/answer_chats.py:tiny`.
@@ -27,7 +27,7 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   config.answers = 'runs/answers'  # a folder that answer_chats made
   config.vocabulary = 128 if tiny else 8192  # tokens it may draft; 0 is all
   config.ffn_width = 0  # of its feed-forward; 0 is the target's
-  config.copy_layer = True  # begin as the target's last block, or random
+  config.ridge = 100.0  # of the least-squares beginning; 0 begins at random
   config.steps = 2 if tiny else 3  # drafted tokens that are trained for
   config.objectives = ml_collections.ConfigDict({'forward_kl': 1.0})
   config.tree_nodes = (4, 8) if tiny else (4, 8, 16, 32, 64)
@@ -36,16 +36,16 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   config.seed = 0
   config.training = ml_collections.ConfigDict()
   config.training.batch = 4 if tiny else 8
-  config.training.epochs = 2 if tiny else 6
+  config.training.epochs = 2 if tiny else 5
   config.training.accumulation = 1
   config.training.evaluate_every = 2 if tiny else 128
   config.training.save_every = 0
-  config.training.average_decay = 0.0  # of the parameters' average; 0 is none
+  config.training.average_decay = 0.99  # of the parameters' average; 0 is none
   config.training.tensorboard = False
   config.training.optimizer = ml_collections.ConfigDict(
     {
-      'learning_rate': 2e-3,
-      'warmup_steps': 1 if tiny else 30,
+      'learning_rate': 3e-4,
+      'warmup_steps': 1 if tiny else 50,
       'schedule': 'cosine',
       'weight_decay': 0.0,
       'clip_norm': 1.0,

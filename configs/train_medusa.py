@@ -42,11 +42,11 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   config.seed = 0
   config.training = ml_collections.ConfigDict()
   config.training.batch = 4 if tiny else 8
-  config.training.epochs = 2 if tiny else 5
+  config.training.epochs = 2 if tiny else 4
   config.training.accumulation = 1
   config.training.evaluate_every = 2 if tiny else 128
   config.training.save_every = 0
-  config.training.average_decay = 0.0  # of the parameters' average; 0 is none
+  config.training.average_decay = 0.99  # of the parameters' average; 0 is none
   config.training.tensorboard = False
   config.training.optimizer = ml_collections.ConfigDict(
     {

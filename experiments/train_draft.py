@@ -14,6 +14,7 @@ import sys
 import jax
 import ml_collections
 
+from efficiency_jax.data import rows as data_rows
 from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import eagle_training
 from efficiency_jax.training import objectives
@@ -37,13 +38,16 @@ def experiment(
     vocabulary=config.vocabulary or None,
     ffn_width=config.ffn_width or None,
   )
-  params = eagle.init(
-    form,
-    jax.random.key(config.seed),
-    lm.params,
-    copy_layer=config.copy_layer,
-  )
   frozen = objectives.frozen(lm.params, vocabulary)
+  params = eagle.init(form, jax.random.key(config.seed), lm.params)
+  if config.ridge:
+    params = eagle_training.least_squares(
+      form,
+      params,
+      frozen['target'],
+      data_rows.batches(splits['train'], batch_size=16, seed=0, epochs=1),
+      config.ridge,
+    )
   result = training_run.train(
     config.training,
     workdir,

@@ -126,39 +126,21 @@ def rotation(config: DecoderConfig, positions: jax.Array):
   return rope.rotation(positions, inverse)
 
 
-def init(
-  form: Form,
-  key: jax.Array,
-  target: Params | None = None,
-  *,
-  copy_layer: bool = False,
-) -> Params:
+def init(form: Form, key: jax.Array, target: Params | None = None) -> Params:
   """Random float32 parameters of the draft: normal(0, 0.02) kernels.
 
-  Args:
-    form: Of the draft.
-    key: Of the random ones.
-    target: Parameters of the target. With them the final norm begins as the
-      target's, which gives states the scale that the head expects.
-    copy_layer: Whether the block begins as the target's last one.
-
-  Raises:
-    ValueError: The block cannot be copied, for want of a target or because the
-      form is narrower.
+  With the parameters of the target the final norm begins as the target's, which
+  gives states the scale that the head expects. `eagle_training.least_squares`
+  makes a better beginning of them.
   """
   states = jnp.zeros((1, 1, form.target.width))
   params = jax.jit(Draft(form.config).init)(key, states, states)['params']
-  copied = {}
   if target is not None:
-    copied['final_norm'] = target['final_norm']
-  if copy_layer:
-    if target is None or form.config.ffn_width != form.target.ffn_width:
-      raise ValueError(
-        'copy_layer needs the parameters of the target and its ffn_width.'
-      )
-    copied['layers_0'] = target[f'layers_{form.target.num_layers - 1}']
-  copied = jax.tree.map(lambda x: jnp.array(x, jnp.float32), copied)
-  return {**params, **copied}
+    norm = jax.tree.map(
+      lambda x: jnp.array(x, jnp.float32), target['final_norm']
+    )
+    params = {**params, 'final_norm': norm}
+  return params
 
 
 def apply(

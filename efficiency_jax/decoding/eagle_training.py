@@ -15,12 +15,13 @@ not more: its score is the log-sum-exp of an attention of its own, and the parts
 are merged.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from efficiency_jax.decoding import draft_vocabulary
 from efficiency_jax.decoding import eagle
@@ -162,6 +163,64 @@ def loss(
   metrics = jax.tree.map(lambda *x: lax.stop_gradient(jnp.stack(x)), *rows)
   metrics['tokens_per_run'] = 1.0 + jnp.cumprod(metrics['alpha']).sum()
   return total, metrics
+
+
+def least_squares(
+  form: eagle.Form,
+  params: Params,
+  target: Params,
+  batches: Iterable[Mapping[str, jax.Array]],
+  ridge: float = 100.0,
+) -> Params:
+  """A beginning in closed form: the best linear draft of the target's states.
+
+      min_W sum_t |W [norm(E x_t); norm(h_{t-1})] - h_t / s|^2 + ridge |W|^2
+
+  with s the scale of the final norm, which is what remains of the draft when
+  the products into its residual stream are zero, as they are made here. Descent
+  from there learns what a linear draft lacks, where from a random beginning it
+  would spend most of a short training on W.
+
+  Args:
+    form: Of the draft.
+    params: From `eagle.init`, with the target's final norm.
+    target: Of the target.
+    batches: As for `loss`, without segments; places count as `loss_mask` says.
+    ridge: In units of inputs of mean square 1; more than 0.
+  """
+  config = form.config
+  final = params['final_norm']['scale'].astype(jnp.float32)
+  final = final + 1 if config.norm_plus_one else final
+  final = jnp.where(final == 0, 1, final)  # then the state is 0 whatever W is
+
+  @jax.jit
+  def products(tokens, hidden, mask):
+    hidden = hidden.astype(jnp.float32)
+    embedded = eagle.embedded_by(target, tokens, jnp.float32)
+    inputs = eagle.fused(
+      _norm(config, params['embedding_norm'], embedded),
+      _norm(config, params['feature_norm'], _earlier(hidden, 1)),
+    )
+    weighed = inputs * mask[..., None]
+    return (
+      jnp.einsum('bti,btj->ij', weighed, inputs),
+      jnp.einsum('bti,btj->ij', weighed, hidden / final),
+    )
+
+  left = ridge * np.eye(2 * config.width)
+  right = np.zeros((2 * config.width, config.width))
+  for batch in batches:
+    # The first token of a text has no state before it.
+    mask = jnp.asarray(batch['loss_mask']).at[:, 0].set(0)
+    found = products(batch['tokens'], batch['hidden'], mask)
+    left += np.asarray(found[0])
+    right += np.asarray(found[1])
+  kernel = jnp.asarray(np.linalg.solve(left, right), jnp.float32)
+  block = dict(params['layers_0'])
+  for inner, last in (('attention', 'output'), ('ffn', 'down')):
+    zero = jax.tree.map(jnp.zeros_like, block[inner][last])
+    block[inner] = {**block[inner], last: zero}
+  return {**params, 'fuse': {'kernel': kernel}, 'layers_0': block}
 
 
 def ranks(

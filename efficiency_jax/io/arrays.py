@@ -20,7 +20,7 @@ def save(
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f'.{path.name}.partial')
-  arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
+  arrays = {k: np.asarray(v, order='C') for k, v in arrays.items()}
   safetensors_numpy.save_file(arrays, partial, dict(metadata or {}))
   with partial.open('rb') as file:
     os.fsync(file.fileno())

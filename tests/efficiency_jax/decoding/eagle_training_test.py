@@ -271,3 +271,44 @@ def test_ranks_are_places_among_the_guesses_of_the_draft_itself():
           state,
           cache,
         )
+
+
+@pytest.mark.parametrize('every', [False, True])
+def test_least_squares_begins_as_the_best_linear_draft(every):
+  target = fixtures.every_option() if every else fixtures.config()
+  form = eagle.Form(target=target)
+  params = fixtures.params(target)
+  batch, _ = _batch(target, params)
+  del batch['segments']
+  begun = eagle.init(form, jax.random.key(0), params)
+  halves = [jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in (0, 1)]
+  found = eagle_training.least_squares(form, begun, params, halves, ridge=0.5)
+  # The rows of the regression, one by one.
+  scale = np.asarray(begun['final_norm']['scale']) + target.norm_plus_one
+  table = np.asarray(params['embedding']['table'])
+  hidden = np.asarray(batch['hidden'])
+
+  def normed(x):
+    return x / np.sqrt((x**2).mean() + target.norm_epsilon)
+
+  inputs, outputs = [], []
+  for row in range(2):
+    for t in range(1, 9):
+      if batch['loss_mask'][row, t]:
+        embedded = normed(table[batch['tokens'][row, t]])
+        before = normed(hidden[row, t - 1])
+        inputs.append(np.concatenate([embedded, before]))
+        outputs.append(hidden[row, t] / scale)
+  width = target.width
+  # A ridge is so many more rows that ask for zero.
+  inputs = np.concatenate([inputs, np.sqrt(0.5) * np.eye(2 * width)])
+  outputs = np.concatenate([outputs, np.zeros((2 * width, width))])
+  kernel = np.linalg.lstsq(inputs, outputs)[0]
+  np.testing.assert_allclose(found['fuse']['kernel'], kernel, atol=2e-4)
+  # The block adds nothing yet.
+  states = eagle_training.rollout(
+    form, found, params, batch['tokens'], batch['hidden'], 1
+  )[0]
+  linear = normed(inputs[0] @ kernel) * scale
+  row, t = np.argwhere(np.asarray(batch['loss_mask'])[:, 1:])[0]
+  np.testing.assert_allclose(states[row, t + 1], linear, atol=2e-3)
