@@ -28,8 +28,6 @@ def get_config(kind: str = 'greedy') -> ml_collections.ConfigDict:
   if kind not in ('greedy', 'sampled', 'trees'):
     raise ValueError(f'kinds are greedy, sampled and trees, got {kind!r}')
   config = decode_smollm2.get_config()
-  config.trained.medusa = 'smollm2-135m-medusa'
-  config.trained.eagle = 'smollm2-135m-eagle'
   config.num_prompts = 8
   config.max_prompt_tokens = 400
   config.batches = (1,)

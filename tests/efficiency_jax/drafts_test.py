@@ -18,12 +18,14 @@ import tokenizers
 from efficiency_jax import drafts
 from efficiency_jax import generation
 from efficiency_jax import trees
+from efficiency_jax.data import prompts as prompt_sets
 from efficiency_jax.decoding import draft_vocabulary
 from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import medusa
 from efficiency_jax.decoding import token_tree
 from efficiency_jax.io import arrays
 from efficiency_jax.io import errors
+from efficiency_jax.io import pretrained
 from efficiency_jax.io import untrained
 from efficiency_jax.models import config as model_config
 from tests import fixtures
@@ -361,9 +363,43 @@ def test_shipped_drafts_are_found_by_name(tmp_path, monkeypatch):
       drafts.shipped(unknown)
 
 
-def test_every_shipped_file_is_a_draft_of_a_card():
-  for path in drafts._SHIPPED.glob('*.safetensors'):
-    assert drafts.card(drafts.shipped(path.stem))['licence']
+def test_every_shipped_file_is_a_draft_of_a_card_and_all_are_small():
+  paths = sorted(drafts._SHIPPED.glob('*.safetensors'))
+  assert {path.stem for path in paths} == {
+    'smollm2-135m-eagle',
+    'smollm2-135m-medusa',
+  }
+  for path in paths:
+    card = drafts.card(drafts.shipped(path.stem))
+    assert card['licence'] == 'Apache-2.0'
+    assert card['command'].startswith('python -m experiments.train_')
+    assert json.loads(card['validation'])[0]['top1'] > 20
+  assert sum(path.stat().st_size for path in paths) <= 12 * 2**20
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+  ('kind', 'length', 'least'), [('eagle', 7, 1.5), ('medusa', 7, 1.3)]
+)
+def test_shipped_drafts_change_no_text_and_save_runs(kind, length, least):
+  lm = pretrained.load('smollm2-135m')
+  chats = [
+    lm.tokenizer.apply_chat_template(
+      [{'role': 'user', 'content': prompt.message}]
+    )
+    for prompt in prompt_sets.load('mt-bench')[:3]
+  ]
+  prompts = [lm.tokenizer.encode(chat) for chat in chats]
+  draft = drafts.load(drafts.shipped(f'smollm2-135m-{kind}'), lm)
+  options = {'max_new_tokens': 48, 'slots': 256}
+  plain = generation.generate(lm, prompts, drafter='plain', **options)
+  fast = generation.generate(
+    lm, prompts, drafter=kind, heads=draft, draft_length=length, **options
+  )
+  for mine, theirs in zip(fast.rows, plain.rows, strict=True):
+    np.testing.assert_array_equal(mine.tokens, theirs.tokens)
+  runs = [row.statistics.tokens_per_run for row in fast.rows]
+  assert np.mean(runs) > least
 
 
 def test_shipped_drafts_are_installed(tmp_path):

@@ -9,8 +9,12 @@ import numpy as np
 import optax
 import pytest
 
+from efficiency_jax.decoding import draft_vocabulary
 from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import eagle_training
+from efficiency_jax.decoding import medusa
+from efficiency_jax.decoding import medusa_training
+from efficiency_jax.models import transformer
 from efficiency_jax.training import objectives
 from efficiency_jax.training import state as train_state
 from efficiency_jax.training import step as steps
@@ -108,3 +112,38 @@ def test_a_step_learns_and_takes_a_batch_in_parts():
   assert counts[::2].sum() != counts[1::2].sum()
   chex.assert_trees_all_close(after[1], after[2], rtol=1e-4, atol=1e-6)
   assert step(state, frozen, batch)[1]['loss'] < first['loss']
+
+
+def test_the_loss_of_heads_is_that_of_medusa_training():
+  target = fixtures.config()
+  form = medusa.Heads(count=2, vocabulary=6, markov=3)
+  params = fixtures.params(target)
+  vocabulary = np.array([3, 0, 9, 2, 10, 7], np.int32)
+  frozen = objectives.frozen(params, vocabulary)
+  table = draft_vocabulary.head(params, vocabulary)
+  heads = medusa.init(form, jax.random.key(0), target.width, 11, table)
+  rng = np.random.default_rng(0)
+  heads = jax.tree.map(
+    lambda x: x + jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype),
+    heads,
+  )
+  *_, batch = _problem()
+  output_head = transformer.head_fn(target)
+  options = {'objectives': (('token', 0.5), ('forward_kl', 0.5)), 'decay': 0.5}
+  loss = jax.jit(objectives.heads(form, output_head, **options))
+  value, metrics = loss(heads, frozen, batch)
+  expected, found = jax.jit(
+    functools.partial(medusa_training.loss, form, output_head, **options)
+  )(
+    heads,
+    params,
+    objectives.widened(batch),
+    vocabulary=jnp.asarray(vocabulary),
+  )
+  np.testing.assert_allclose(value, expected, rtol=1e-6)
+  for name in ('loss', 'top1', 'top5', 'alpha'):
+    for k in (1, 2):
+      np.testing.assert_allclose(
+        metrics[f'{name}_{k}'], found[name][k - 1], rtol=1e-5
+      )
+  assert metrics['weight'] == batch['loss_mask'].sum()
