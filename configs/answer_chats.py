@@ -7,7 +7,7 @@ Chats in which an MT-bench question or a HumanEval problem occurs are left out.
 Three batches of four are greedy, one is sampled. `configs/answer_chats.py:tiny`
 is a check on random weights.
 
-Hardware: two CPU cores, 5 GB of memory, 0.5 GB of disk for each 1,600 answers.
+Hardware: two CPU cores, 5 GB of memory, 0.3 GB of disk; half an hour.
 """
 
 import ml_collections

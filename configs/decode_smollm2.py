@@ -34,13 +34,8 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   config.stop = True  # end a row at the model's stop tokens
   # Each is 'drafter' or 'drafter/verifier', with ', LENGTH' for a fixed draft:
   # of trees, the one of that many tokens; 'medusa chain, 3' is no tree.
-  config.methods = (
-    ('n-gram', 'medusa, 7', 'eagle, 7')
-    if demo
-    else ('n-gram', 'early exit, 3', 'draft model, 3')
-  )
-  # Of n-gram, beside the adaptive one.
-  config.fixed_lengths = (3,) if demo else (3, 7)
+  config.methods = ('n-gram', 'early exit, 3', 'draft model, 3')
+  config.fixed_lengths = (3, 7)  # of n-gram, beside the adaptive one
   config.exit_layers = 10
   config.draft_every = 3  # the draft model: every third layer, untrained
   # Of methods 'medusa' and 'eagle': the name of a shipped draft, or a file.
