@@ -5,8 +5,8 @@
     python -m experiments.train_draft --config=configs/train_draft.py \
       --workdir=runs/train_draft --config.answers=runs/answers
 
-One block of the target's kind, which begins as the best linear draft; the output
-head scores the 8,192 most frequent tokens of the training answers; three
+One block of the target's kind, which begins as the best linear draft; the
+output head scores the 8,192 most frequent tokens of the training answers; three
 drafted tokens are trained for. `configs/train_draft.py:tiny` is a check on
 random weights and the answers of `configs/answer_chats.py:tiny`.
 

@@ -6,11 +6,12 @@
       --workdir=runs/train_medusa --config.answers=runs/answers
 
 Four heads of one residual block each share the target's output head, of which
-they read the 8,192 most frequent tokens, and know the token before a guess. `configs/train_medusa.py:tiny` is a
-check on random weights and the answers of `configs/answer_chats.py:tiny`.
+they read the 8,192 most frequent tokens, and know the token before a guess.
+`configs/train_medusa.py:tiny` is a check on random weights and the answers of
+`configs/answer_chats.py:tiny`.
 
-Hardware: two CPU cores, 6 GB of memory, 20 minutes. Expect head 1 to be right in
-30 % of the places of held-out answers. The shipped heads were made so.
+Hardware: two CPU cores, 6 GB of memory, 20 minutes. Expect head 1 to be right
+in 30 % of the places of held-out answers. The shipped heads were made so.
 """
 
 import ml_collections
