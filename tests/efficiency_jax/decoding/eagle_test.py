@@ -69,8 +69,10 @@ _prompt = st.lists(st.integers(0, _VOCAB - 1), min_size=1, max_size=10)
 
 @pytest.mark.parametrize(
   ('form', 'verifier'),
-  [(_WHOLE, 'greedy'), (_REDUCED, 'coupled')],
-  ids=['greedy', 'coupled'],
+  [
+    pytest.param(_WHOLE, 'greedy', marks=pytest.mark.slow, id='greedy'),
+    pytest.param(_REDUCED, 'coupled', id='coupled'),
+  ],
 )
 def test_text_is_that_of_plain_decoding(form, verifier):
   decoder = _decoder(form, verifier, (0, 2, 9))
@@ -112,6 +114,7 @@ def _recomputed(form, state):
   return cache, features
 
 
+@pytest.mark.slow
 def test_the_state_is_that_of_the_text():
   """After any pattern of drafts: chains, trees, and many rounds without."""
   form = _REDUCED

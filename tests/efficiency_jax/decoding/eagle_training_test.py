@@ -19,7 +19,10 @@ _STEPS = 3
 _TEXTS = [[1, 2, 3, 1, 2, 5], [7], [4, 9]]
 
 
-@pytest.mark.parametrize(('every', 'size'), [(False, None), (True, 6)])
+@pytest.mark.parametrize(
+  ('every', 'size'),
+  [pytest.param(False, None, marks=pytest.mark.slow), (True, 6)],
+)
 def test_step_i_of_training_is_the_ith_drafted_token(every, size):
   """For the text that the drafter wrote, whatever stands beside it in a row."""
   target = fixtures.every_option() if every else fixtures.config()
