@@ -7,7 +7,9 @@ to other chips. From these three comes the least time a step can take:
     seconds >= max(FLOPs / peak, bytes / bandwidth, sent bytes / ICI bandwidth)
 
 (the roofline, with communication as a third line). It is a bound, not a
-measurement: it supposes that all three overlap, and each at its peak.
+measurement: it supposes that all three overlap, and each at its peak. The bytes
+are the least that memory must move, the arguments read and the results written
+once: of activations, the compiler keeps on the chip what it can.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,15 +40,21 @@ class Chip:
     flops_per_second: Of bfloat16 products.
     hbm_bytes: Memory.
     hbm_bytes_per_second: Speed of the memory.
-    ici_bytes_per_second: What a chip sends along one ring of the torus, both
-      ways at once: a quarter of the bandwidth that the maker gives a chip,
-      which counts two rings, and what is sent and received.
+    link_bytes_per_second: What is sent over the link to one neighbour. The
+      maker's figure for a chip counts four links, each in both directions.
+    links: Links that are in use.
   """
 
   flops_per_second: float
   hbm_bytes: int
   hbm_bytes_per_second: float
-  ici_bytes_per_second: float
+  link_bytes_per_second: float
+  links: int = 4
+
+  @property
+  def ici_bytes_per_second(self) -> float:
+    """What the chip sends over all of its links at once."""
+    return self.links * self.link_bytes_per_second
 
 
 # docs.cloud.google.com/tpu/docs/v5e and /v6e
@@ -55,15 +63,16 @@ CHIPS: Mapping[str, Chip] = {
     flops_per_second=197e12,
     hbm_bytes=16 * 2**30,
     hbm_bytes_per_second=819e9,
-    ici_bytes_per_second=400e9 / 4,
+    link_bytes_per_second=400e9 / 4 / 2,
   ),
   'v6e': Chip(
     flops_per_second=918e12,
     hbm_bytes=32 * 2**30,
     hbm_bytes_per_second=1638e9,
-    ici_bytes_per_second=800e9 / 4,
+    link_bytes_per_second=800e9 / 4 / 2,
   ),
 }
+_RING = 16  # chips along the side of a pod, where an axis closes to a ring
 
 
 class Collective(NamedTuple):
@@ -91,8 +100,8 @@ class Program:
     temporary_bytes: What is kept in between: activations, gathered weights.
     flops: As the compiler counts them, kernels by their own estimates. The body
       of a loop counts once.
-    accessed_bytes: Read and written by all operations, also where the compiler
-      keeps an operand on the chip: more than what the memory delivers.
+    operand_bytes: Read and written by all operations, also where the compiler
+      keeps an operand on the chip: more than what the memory moves.
     collectives: Communication by kind.
   """
 
@@ -102,7 +111,7 @@ class Program:
   output_bytes: int = 0
   temporary_bytes: int = 0
   flops: float = 0.0
-  accessed_bytes: float = 0.0
+  operand_bytes: float = 0.0
   collectives: Mapping[str, Collective] = dataclasses.field(
     default_factory=dict
   )
@@ -120,18 +129,26 @@ class Bound(NamedTuple):
   by: str  # 'compute', 'memory' or 'communication'
 
 
-def chip(name: str) -> Chip:
-  """The chip of a topology such as 'v5e:4x4'.
+def grid(name: str) -> tuple[int, int]:
+  """Chips along both axes of a topology such as 'v5e:4x4'.
 
   Raises:
-    ValueError: Its peaks are not known here.
+    ValueError: It is no grid of chips whose peaks are known here.
   """
-  kind = name.partition(':')[0]
-  if kind not in CHIPS:
+  found = re.fullmatch(rf'({"|".join(CHIPS)}):(\d+)x(\d+)', name)
+  if not found:
     raise ValueError(
-      f'topology {name!r} must be of {", ".join(CHIPS)}, as in v5e:4x4.'
+      f'topology {name!r} must be a grid of {" or ".join(CHIPS)} chips, as in'
+      ' v5e:4x4.'
     )
-  return CHIPS[kind]
+  return int(found[2]), int(found[3])
+
+
+def chip(name: str) -> Chip:
+  """The chip in the corner of a topology, which has the fewest links."""
+  axes = grid(name)
+  links = sum(2 if size == _RING else min(size - 1, 1) for size in axes)
+  return dataclasses.replace(CHIPS[name.partition(':')[0]], links=links)
 
 
 def devices(name: str) -> Sequence[jax.Device]:
@@ -140,7 +157,7 @@ def devices(name: str) -> Sequence[jax.Device]:
   Raises:
     ValueError: There is no libtpu here, or no such topology.
   """
-  chip(name)
+  grid(name)
   for variable, value in _ENVIRONMENT.items():
     os.environ.setdefault(variable, value)
   try:
@@ -168,12 +185,18 @@ def compile_step(
     state: Shapes of the whole state.
     frozen: Shapes of what is not trained.
     batch: Shapes of a whole batch.
+
+  Raises:
+    ValueError: The step is none for a TPU, or does not compile for another
+      reason than its size.
   """
-  lowered = (
-    meshes.jit_step(step, mesh, state, frozen)
-    .trace(state, frozen, batch)
-    .lower(lowering_platforms=('tpu',))
+  traced = meshes.jit_step(step, mesh, state, frozen).trace(
+    state, frozen, batch
   )
+  try:
+    lowered = traced.lower(lowering_platforms=('tpu',))
+  except NotImplementedError as error:
+    raise ValueError(f'the step is none for a TPU: {error}') from error
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
@@ -191,7 +214,7 @@ def compile_step(
     output_bytes=memory.output_size_in_bytes,
     temporary_bytes=memory.temp_size_in_bytes,
     flops=costs['flops'],
-    accessed_bytes=costs['bytes accessed'],
+    operand_bytes=costs['bytes accessed'],
     collectives=collectives(compiled.as_text()),
   )
 
@@ -217,9 +240,10 @@ def needed_bytes(message: str) -> int:
 
 def times(program: Program, peaks: Chip) -> list[tuple[str, float]]:
   """Seconds that each of the three takes by itself, at its peak."""
+  state = program.argument_bytes + program.output_bytes
   return [
     ('compute', program.flops / peaks.flops_per_second),
-    ('memory', program.accessed_bytes / peaks.hbm_bytes_per_second),
+    ('memory', state / peaks.hbm_bytes_per_second),
     ('communication', program.sent_bytes / peaks.ici_bytes_per_second),
   ]
 
@@ -230,21 +254,19 @@ def bound(program: Program, peaks: Chip) -> Bound:
   return Bound(seconds, by)
 
 
-CAVEATS = (
-  'Sent is what a chip sends by the ring algorithm. A step takes at least the'
-  ' largest of FLOPs, bytes and sent bytes over the peaks of the chip: a bound,'
-  ' not a measurement. The bytes are those that the compiler counts, also where'
-  ' it keeps an operand on the chip; a bound by memory is therefore no strict'
-  ' one, and the row has the times of all three.'
-)
-
-
 def summary(
-  program: Program, name: str, tokens: int
+  program: Program, name: str, *, tokens: int, parameters: int
 ) -> dict[str, float | int | str | None]:
-  """A flat row: memory, work and bounds of a step of `tokens` on a topology.
+  """A flat row: memory, work and bounds of a step on a topology.
 
   A program that does not fit has its memory alone.
+
+  Args:
+    program: From `compile_step`.
+    name: The topology.
+    tokens: T of the whole batch.
+    parameters: N of the model, whose step takes 6 N T model FLOPs (arXiv
+      2001.08361); attention, and what is computed again, come on top.
   """
   peaks = chip(name)
   row = {
@@ -255,13 +277,16 @@ def summary(
   if not program.fits:
     return row
   seconds, by = bound(program, peaks)
+  model_flops = 6 * parameters * tokens / math.prod(grid(name))
+  operands = program.operand_bytes / peaks.hbm_bytes_per_second
   counts = [f'{n.count} {kind}' for kind, n in program.collectives.items()]
   return row | {
     'argument_gigabytes': program.argument_bytes / 1e9,
     'output_gigabytes': program.output_bytes / 1e9,
     'temporary_gigabytes': program.temporary_bytes / 1e9,
+    'model_teraflops': model_flops / 1e12,
     'teraflops': program.flops / 1e12,
-    'accessed_gigabytes': program.accessed_bytes / 1e9,
+    'operand_gigabytes': program.operand_bytes / 1e9,
     'sent_gigabytes': program.sent_bytes / 1e9,
     'collectives': ', '.join(sorted(counts)) or 'none',
     **{
@@ -269,9 +294,11 @@ def summary(
       for kind, n in sorted(program.collectives.items())
     },
     **{f'{kind}_milliseconds': 1e3 * t for kind, t in times(program, peaks)},
+    'operand_milliseconds': 1e3 * operands,
     'bound_milliseconds': 1e3 * seconds,
     'bound_by': by,
     'bound_tokens_per_second': tokens / seconds,
+    'bound_utilization': model_flops / peaks.flops_per_second / seconds,
   }
 
 
@@ -279,9 +306,10 @@ def collectives(text: str) -> dict[str, Collective]:
   """Communication of a compiled program, by kind.
 
   Of n chips, each sends (n - 1) / n of the whole array in an all-gather, a
-  reduce-scatter and an all-to-all, twice that in an all-reduce, and the array
-  itself in a permutation. An all-reduce that the TPU compiler fuses with taking
-  a slice is a reduce-scatter. Inside of loops, operations count once.
+  reduce-scatter and an all-to-all, twice that in an all-reduce, which is a
+  reduce-scatter and an all-gather, and the array itself in a permutation. An
+  all-reduce that the TPU compiler fuses with taking a slice is a
+  reduce-scatter. Inside of loops, operations count once.
   """
   found = {}
   chains = set()

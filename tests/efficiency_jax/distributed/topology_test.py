@@ -9,6 +9,7 @@ import pytest
 
 from efficiency_jax.distributed import mesh as meshes
 from efficiency_jax.distributed import topology
+from pallas_kernels import dispatch
 
 P = jax.sharding.PartitionSpec
 SIZE = 4096  # float32 numbers on each of eight devices
@@ -133,13 +134,15 @@ def test_the_slowest_of_three_is_the_bound():
     flops_per_second=100.0,
     hbm_bytes=1000,
     hbm_bytes_per_second=10.0,
-    ici_bytes_per_second=2.0,
+    link_bytes_per_second=1.0,
+    links=2,
   )
   program = functools.partial(topology.Program, fits=True, hbm_bytes=500)
   sent = {'all-gather': topology.Collective(3, 8.0)}
   for work, seconds, by in (
-    ({'flops': 500.0, 'accessed_bytes': 40.0}, 5.0, 'compute'),
-    ({'flops': 100.0, 'accessed_bytes': 70.0}, 7.0, 'memory'),
+    # What operations read and write is no bound: it may never leave the chip.
+    ({'flops': 500.0, 'operand_bytes': 900.0}, 5.0, 'compute'),
+    ({'argument_bytes': 40, 'output_bytes': 30}, 7.0, 'memory'),
     ({'flops': 100.0, 'collectives': sent}, 4.0, 'communication'),
   ):
     found = topology.bound(program(**work), chip)
@@ -151,31 +154,45 @@ def test_the_row_of_a_program():
     fits=True,
     hbm_bytes=4 * 2**30,
     argument_bytes=10**9,
+    output_bytes=638 * 10**6,
     temporary_bytes=2 * 10**9,
     flops=197e12,
-    accessed_bytes=81.9e9,
+    operand_bytes=81.9e9,
     collectives={'all-gather': topology.Collective(3, 50e9)},
   )
-  row = topology.summary(program, 'v5e:4x4', tokens=8000)
+  row = topology.summary(program, 'v5e:4x4', tokens=16_000, parameters=10**9)
   assert row['hbm_fraction'] == 0.25
   assert (row['argument_gigabytes'], row['temporary_gigabytes']) == (1, 2)
+  assert row['model_teraflops'] == pytest.approx(6)  # 6 N T over 16 chips
   assert row['compute_milliseconds'] == pytest.approx(1000)
-  assert row['memory_milliseconds'] == pytest.approx(100)
+  assert row['memory_milliseconds'] == pytest.approx(2)
+  assert row['operand_milliseconds'] == pytest.approx(100)
   assert row['communication_milliseconds'] == pytest.approx(500)
   assert row['bound_by'] == 'compute'
-  assert row['bound_tokens_per_second'] == pytest.approx(8000)
+  assert row['bound_tokens_per_second'] == pytest.approx(16_000)
+  assert row['bound_utilization'] == pytest.approx(6 / 197)
   assert row['collectives'] == '3 all-gather'
   assert row['all_gather_sent_bytes'] == 50e9
 
 
 def test_a_program_that_does_not_fit_has_no_speed():
   program = topology.Program(fits=False, hbm_bytes=20 * 2**30)
-  row = topology.summary(program, 'v5e:2x2', tokens=8000)
+  row = topology.summary(program, 'v5e:2x2', tokens=8000, parameters=10**9)
   assert row == {
     'fits': False,
     'hbm_gigabytes': pytest.approx(20 * 2**30 / 1e9),
     'hbm_fraction': 1.25,
   }
+
+
+@pytest.mark.parametrize(
+  ('name', 'links'),
+  [('v5e:2x2', 2), ('v5e:8x8', 2), ('v5e:8x16', 3), ('v5e:16x16', 4)],
+)
+def test_the_chip_in_a_corner_sends_over_its_links(name, links):
+  # A pod reduces 51.2 TB/s, 200 GB/s a chip, and is the only closed torus.
+  assert topology.chip(name).links == links
+  assert topology.chip(name).ici_bytes_per_second == links * 51.2e12 / 256 / 4
 
 
 def test_the_compilers_refusal_tells_the_memory():
@@ -195,11 +212,11 @@ def test_the_compilers_refusal_tells_the_memory():
 
 
 def test_peaks_are_known_for_some_chips_only():
-  assert (
-    topology.chip('v6e:2x2').hbm_bytes == 2 * topology.chip('v5e').hbm_bytes
-  )
-  with pytest.raises(ValueError, match="'v9:2x2' must be of v5e, v6e"):
-    topology.devices('v9:2x2')
+  memory = [topology.chip(f'{kind}:2x2').hbm_bytes for kind in ('v5e', 'v6e')]
+  assert memory == [16 * 2**30, 32 * 2**30]
+  for name in ('v9:2x2', 'v5e', 'v5e:4', 'v5e:4x4x4', 'tpu v5e:2x2'):
+    with pytest.raises(ValueError, match=f"'{name}' must be a grid of v5e or"):
+      topology.devices(name)
 
 
 @pytest.mark.aot
@@ -240,6 +257,21 @@ def test_a_state_that_is_too_large_does_not_fit():
   )
   assert not program.fits
   assert 20e9 < program.hbm_bytes < 50e9
+
+
+@pytest.mark.aot
+def test_a_step_for_another_platform_is_refused():
+  step = lambda state, frozen, batch: (
+    dispatch.only_on('cuda', 'mosaic_gpu', state),
+    {},
+  )
+  scalar = jax.ShapeDtypeStruct((), jnp.float32)
+  mesh = meshes.make(data=4, devices=topology.devices('v5e:2x2'))
+  batch = {'x': jax.ShapeDtypeStruct((4,), jnp.float32)}
+  with pytest.raises(
+    ValueError, match='none for a TPU: mosaic_gpu is a kernel'
+  ):
+    topology.compile_step(step, mesh, scalar, {}, batch)
 
 
 @pytest.mark.aot
