@@ -40,6 +40,13 @@ def experiment(
     name: inputs.load_prompts(lm, config, name) for name in config.prompts
   }
   longest = max(len(ids) for group in texts.values() for _, ids in group)
+  if longest + config.max_new_tokens > lm.config.max_positions:
+    # Before anything of that size is compiled.
+    raise ValueError(
+      f'prompts of {longest} tokens and --config.max_new_tokens='
+      f'{config.max_new_tokens} are more than the context of'
+      f' {lm.config.max_positions}: shorten one of them.'
+    )
   slots = max(128, 1 << (longest + config.max_new_tokens + 32).bit_length())
   cases = [
     (name, batch, place, group)
