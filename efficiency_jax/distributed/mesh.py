@@ -118,7 +118,8 @@ def plan(
   size is no multiple of the devices along the mesh axis: those are copied, and
   the report says so. A leaf without a rule (the head of another tree, parts of
   a quantized weight) is split over `fsdp` along its largest divisible axis, and
-  copied where it is `SMALL` or has no such axis.
+  copied where it is `SMALL` or has no such axis. Arrays stay in the kind of
+  memory where they are.
 
   Args:
     tree: Arrays or `jax.ShapeDtypeStruct`s: parameters, or a whole train state.
@@ -133,7 +134,8 @@ def plan(
   chosen = []
   for path, leaf in trees.leaves(tree):
     spec, notes = _spec(path, leaf.shape, mesh, rules)
-    sharding = jax.sharding.NamedSharding(mesh, spec)
+    kind = getattr(getattr(leaf, 'sharding', None), 'memory_kind', None)
+    sharding = jax.sharding.NamedSharding(mesh, spec, memory_kind=kind)
     chosen.append(sharding)
     replicated += notes
     total += math.prod(leaf.shape) * leaf.dtype.itemsize

@@ -35,6 +35,8 @@ def load(
   Raises:
     FileFormatError: It is not a whole safetensors file.
   """
+  if os.path.isdir(path):
+    raise FileFormatError(path, 'is a folder', 'pass a file in it')
   try:
     with safetensors.safe_open(path, framework='np') as file:
       arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

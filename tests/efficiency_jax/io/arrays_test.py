@@ -110,3 +110,8 @@ def test_a_damaged_file_is_refused(tmp_path, harm):
 def test_a_missing_file_is_said_to_be_missing(tmp_path):
   with pytest.raises(FileNotFoundError, match='nowhere'):
     arrays.load(tmp_path / 'nowhere')
+
+
+def test_a_folder_is_said_to_be_one(tmp_path):
+  with pytest.raises(errors.FileFormatError, match='is a folder; pass a file'):
+    arrays.load(tmp_path)
