@@ -52,7 +52,7 @@ clean:  ## Forgets what was installed and cached here; keeps runs/.
 # A stamp a folder: installing again happens only when the metadata changed.
 $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -q -e '.[test]' -c $(CONSTRAINTS)
+	$(RUN) -m pip install -q -e '.[cpu,test]' -c $(CONSTRAINTS)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
@@ -66,7 +66,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 .venv-notebooks/.installed: setup.py pyproject.toml constraints.txt
 	test -x .venv-notebooks/bin/python || $(PYTHON) -m venv .venv-notebooks
-	.venv-notebooks/bin/python -m pip install -q -e '.[notebooks]' \
+	.venv-notebooks/bin/python -m pip install -q -e '.[cpu,notebooks]' \
 	  -c constraints.txt
 	touch $@
 
@@ -75,5 +75,5 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 .venv-peers/.installed: setup.py pyproject.toml constraints.txt
 	test -x $(RUN_PEERS) || $(PYTHON) -m venv .venv-peers
 	$(RUN_PEERS) -m pip install -q "$$(grep '^torch==' constraints.txt)"
-	$(RUN_PEERS) -m pip install -q -e '.[test,peers]' -c constraints.txt
+	$(RUN_PEERS) -m pip install -q -e '.[cpu,test,peers]' -c constraints.txt
 	touch $@

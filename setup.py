@@ -7,6 +7,7 @@ import setuptools
 _README = pathlib.Path(__file__).parent / 'README.md'
 
 _EXTRAS = {
+  'cpu': ['llvmlite'],  # kernels for the CPU
   'tpu': ['jax[tpu]'],
   'cuda': ['jax[cuda13]'],
   'hub': ['huggingface_hub'],

@@ -10,6 +10,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from pallas_kernels.narrow_matmul.api import narrow_matmul
+
 
 def linear(
   x: jax.Array,  # [..., I]
@@ -39,6 +41,8 @@ def embed(tokens: jax.Array, table: jax.Array) -> jax.Array:
 
 # Parts of the inner axis that a one-row product is summed from on a CPU.
 _PARTS = 4
+# Rows up to which a product takes as long as reading its weights.
+_FEW = 16
 
 
 def _dot(x: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
@@ -52,6 +56,9 @@ def _dot(x: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
     y = lax.platform_dependent(
       rows, weight, cpu=_product_in_parts, default=product
     )
+    return y.reshape(*x.shape[:-1], -1)
+  if wide and 2 <= rows.shape[0] <= _FEW:
+    y = narrow_matmul(rows, weight, transposed=contract == 1)
     return y.reshape(*x.shape[:-1], -1)
   # XLA turns a one-row product of narrow operands into a matrix-vector product
   # that first converts the whole weight to float32: two rows avoid it.

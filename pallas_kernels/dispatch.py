@@ -26,7 +26,7 @@ from jax.interpreters import mlir
 from pallas_kernels import shards
 
 # The platform that each kernel is written for; other names run anywhere.
-PLATFORMS = {'mosaic_tpu': 'tpu', 'mosaic_gpu': 'cuda'}
+PLATFORMS = {'mosaic_tpu': 'tpu', 'mosaic_gpu': 'cuda', 'llvm_cpu': 'cpu'}
 ANYWHERE = 'blockwise'
 
 Implementation = str | Sequence[str] | None

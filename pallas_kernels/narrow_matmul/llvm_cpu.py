@@ -1,0 +1,146 @@
+"""The product of a few rows and a matrix on a CPU, one read of the matrix.
+
+At two to sixteen rows the work is reading the weights. A vector of weights is
+read once and multiplied with all rows (in two groups, if they are more than
+eight) while it is in a register; all sums are in registers too.
+
+    w [K, N]: a tile of out is M x 3 vectors of columns; k by k, a vector of
+              weights is multiplied with x[m, k].
+    w [N, K]: a tile of out is M x 3 numbers; vectors of x and w are multiplied
+              along k, and each sum is taken together at the end.
+
+The parts are ranges of columns, so a sum is always taken in the same order.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import llvm_cpu
+
+MOST_ROWS = 16
+_ROWS = 8  # at a time
+_PARTS = 4  # more than two cores, so that a late thread costs little
+
+
+def narrow_matmul(x: jax.Array, w: jax.Array, *, transposed: bool) -> jax.Array:
+  """See `api`.
+
+  Raises:
+    NotImplementedError: For other dtypes than float32, for more than 16 rows,
+      for sizes that do not fill vectors, and where nothing can be compiled.
+  """
+  rows, inner = x.shape
+  columns = w.shape[0 if transposed else 1]
+  if not llvm_cpu.available():
+    raise NotImplementedError('llvmlite is not installed (the extra `cpu`)')
+  if x.dtype != jnp.float32 or w.dtype != jnp.float32:
+    raise NotImplementedError(
+      f'dtypes are {x.dtype} and {w.dtype}, not float32'
+    )
+  if rows > MOST_ROWS:
+    raise NotImplementedError(f'{rows} rows are more than {MOST_ROWS}')
+  along = inner if transposed else columns
+  if not along or along % llvm_cpu.lanes() or not rows:
+    raise NotImplementedError(
+      f'[{rows}, {inner}] times [{inner}, {columns}] does not fill vectors'
+    )
+  return llvm_cpu.call(
+    _emit_table if transposed else _emit,
+    (rows, inner, columns),
+    (x, w),
+    jax.ShapeDtypeStruct((rows, columns), jnp.float32),
+    parts=_PARTS,
+  )
+
+
+def _emit(builder, static, pointers, part) -> None:
+  """One part of out for w [K, N]."""
+  rows, inner, columns = static
+  x, w, out = pointers
+  lanes = llvm_cpu.lanes()
+
+  def tile(column, vectors, group):
+    sums = [(m, v) for m in group for v in range(vectors)]
+    start = [llvm_cpu.zeros() for _ in sums]
+    with llvm_cpu.carry(builder, 0, inner, 1, start) as (k, carried, keep):
+      line = builder.mul(k, llvm_cpu.number(columns))
+      line = builder.add(line, column)
+      weights = [
+        llvm_cpu.load_vector(builder, _at(builder, w, line, v * lanes))
+        for v in range(vectors)
+      ]
+      values = {
+        m: llvm_cpu.splat(builder, _at(builder, x, k, m * inner)) for m in group
+      }
+      keep(
+        llvm_cpu.multiply_add(builder, values[m], weights[v], carried[i])
+        for i, (m, v) in enumerate(sums)
+      )
+    for (m, v), value in zip(sums, carried, strict=True):
+      place = _at(builder, out, column, m * columns + v * lanes)
+      builder.store(value, place, align=4)
+
+  _tiles(builder, part, rows, columns, lanes, tile)
+
+
+def _emit_table(builder, static, pointers, part) -> None:
+  """One part of out for w [N, K]."""
+  rows, inner, columns = static
+  x, w, out = pointers
+
+  def tile(column, width, group):
+    sums = [(m, n) for m in group for n in range(width)]
+    start = [llvm_cpu.zeros() for _ in sums]
+    line = builder.mul(column, llvm_cpu.number(inner))
+    steps = llvm_cpu.carry(builder, 0, inner, llvm_cpu.lanes(), start)
+    with steps as (k, carried, keep):
+      along = builder.add(line, k)
+      weights = [
+        llvm_cpu.load_vector(builder, _at(builder, w, along, n * inner))
+        for n in range(width)
+      ]
+      values = {
+        m: llvm_cpu.load_vector(builder, _at(builder, x, k, m * inner))
+        for m in group
+      }
+      keep(
+        llvm_cpu.multiply_add(builder, values[m], weights[n], carried[i])
+        for i, (m, n) in enumerate(sums)
+      )
+    for (m, n), value in zip(sums, carried, strict=True):
+      place = _at(builder, out, column, m * columns + n)
+      builder.store(llvm_cpu.total(builder, value), place, align=4)
+
+  _tiles(builder, part, rows, columns, 1, tile)
+
+
+def _tiles(builder, part, rows: int, columns: int, unit: int, tile) -> None:
+  """Goes over the tiles of a part, `tile(first column, units, rows)`.
+
+  A tile is as many units of columns as fit the registers, at the end of a part
+  one unit.
+  """
+  groups = -(-rows // _ROWS)
+  rows_of = [
+    range(i * rows // groups, (i + 1) * rows // groups) for i in range(groups)
+  ]
+  # A quarter of the registers is for weights and x.
+  most = llvm_cpu.registers() * 3 // 4 // max(map(len, rows_of))
+  units = llvm_cpu.number(columns // unit)
+  first, last = (
+    builder.sdiv(builder.mul(i, units), llvm_cpu.number(_PARTS))
+    for i in (part, builder.add(part, llvm_cpu.number(1)))
+  )
+  rest = builder.srem(builder.sub(last, first), llvm_cpu.number(most))
+  middle = builder.sub(last, rest)
+  for begin, end, width in ((first, middle, most), (middle, last, 1)):
+    with llvm_cpu.count(builder, begin, end, width) as i:
+      column = builder.mul(i, llvm_cpu.number(unit))
+      for group in rows_of:
+        tile(column, width, group)
+
+
+def _at(builder, base, index, offset: int):
+  """The address of `base[index + offset]`."""
+  index = builder.add(index, llvm_cpu.number(offset))
+  return llvm_cpu.place(builder, base, index)

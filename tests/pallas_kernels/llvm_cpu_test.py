@@ -1,0 +1,95 @@
+"""Tests of kernels for the CPU and of the threads that run them."""
+
+import concurrent.futures
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import llvm_cpu
+
+pytestmark = [
+  pytest.mark.short,
+  pytest.mark.skipif(
+    not llvm_cpu.available(), reason='needs llvmlite and Linux'
+  ),
+]
+
+
+def _emit_sum(builder, width, pointers, part):
+  """out[part] is the sum of row `part` of x [parts, width]."""
+  x, out = pointers
+  row = builder.mul(part, llvm_cpu.number(width))
+  steps = llvm_cpu.carry(
+    builder, 0, width, llvm_cpu.lanes(), [llvm_cpu.zeros()]
+  )
+  with steps as (k, (total,), keep):
+    place = llvm_cpu.place(builder, x, builder.add(row, k))
+    one = llvm_cpu.splat(builder, llvm_cpu.place(builder, x, 0))
+    vector = llvm_cpu.load_vector(builder, place)
+    keep([llvm_cpu.multiply_add(builder, vector, one, total)])
+  total = llvm_cpu.total(builder, total)
+  builder.store(total, llvm_cpu.place(builder, out, part), align=4)
+
+
+def _sums(x):
+  parts, width = x.shape
+  result = jax.ShapeDtypeStruct((parts,), jnp.float32)
+  return llvm_cpu.call(_emit_sum, width, (x,), result, parts=parts)
+
+
+def _rows(parts, width=64):
+  x = np.random.default_rng(parts).integers(-8, 9, (parts, width))
+  x = x.astype(np.float32)
+  x[0, 0] = 1  # what all vectors are multiplied with
+  return x
+
+
+@pytest.mark.parametrize('parts', [1, 2, 3, 64, 1000])
+def test_every_part_is_done_once(parts):
+  x = _rows(parts)
+  for _ in range(20):
+    np.testing.assert_array_equal(jax.jit(_sums)(x), x.sum(1))
+
+
+def test_parts_of_one_call_do_not_meet_those_of_the_next():
+  """Jobs of different sizes and arrays in quick succession."""
+  jobs = [_rows(parts) for parts in (1, 7, 2, 50, 3)]
+
+  @jax.jit
+  def many(jobs, count):
+    def body(_, good):
+      for x in jobs:
+        x = x + 0 * good  # so that no round can be moved out of the loop
+        good &= jnp.all(_sums(x) == x.sum(1))
+      return good
+
+    return jax.lax.fori_loop(0, count, body, True)
+
+  assert many(jobs, 40000)
+
+
+def test_calls_from_several_threads_are_right():
+  x = [_rows(parts) for parts in (5, 40, 9, 17)]
+  run = jax.jit(_sums)
+
+  def repeat(i):
+    return all(np.array_equal(run(x[i]), x[i].sum(1)) for _ in range(300))
+
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    assert all(pool.map(repeat, range(4)))
+
+
+def test_a_batch_runs_one_after_another():
+  x = np.stack([_rows(3), _rows(3) * 2])
+  x[1, 0, 0] = 1
+  np.testing.assert_array_equal(jax.vmap(_sums)(x), x.sum(-1))
+
+
+def test_a_kernel_is_compiled_once():
+  x = _rows(4)
+  before = llvm_cpu._register.cache_info().misses
+  jax.jit(_sums)(x)
+  jax.jit(lambda x: _sums(x) + 1)(x)
+  assert llvm_cpu._register.cache_info().misses - before <= 1

@@ -1,0 +1,108 @@
+"""Tests of products of a few rows and a matrix."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import llvm_cpu as cpu
+from pallas_kernels.narrow_matmul import api
+
+pytestmark = [
+  pytest.mark.short,
+  pytest.mark.skipif(not cpu.available(), reason='needs llvmlite and Linux'),
+]
+
+
+def _operands(rows, inner, columns, transposed):
+  rng = np.random.default_rng(rows * inner + columns)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  shape = (columns, inner) if transposed else (inner, columns)
+  return draw(rows, inner), draw(*shape)
+
+
+def _exact(x, w, transposed):
+  x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+  return x @ (w.T if transposed else w)
+
+
+@pytest.mark.parametrize('transposed', [False, True])
+@pytest.mark.parametrize('rows', [1, 2, 3, 7, 8, 9, 16])
+@pytest.mark.parametrize(('inner', 'columns'), [(32, 16), (48, 1008)])
+def test_the_kernel_is_the_product(rows, inner, columns, transposed):
+  """Some sizes leave tiles of one vector over, some parts are empty."""
+  x, w = _operands(rows, inner, columns, transposed)
+  found = api.narrow_matmul(
+    x, w, transposed=transposed, implementation='llvm_cpu'
+  )
+  expected = _exact(x, w, transposed)
+  # sqrt(K) roundings of 2^-24 each, of terms of size 1.
+  np.testing.assert_allclose(found, expected, atol=3e-5)
+
+
+def test_rows_do_not_depend_on_each_other():
+  """Row for row the same bits, whatever stands beside it in its group."""
+  x, w = _operands(8, 64, 160, False)
+  together = api.narrow_matmul(x, w, implementation='llvm_cpu')
+  turned = api.narrow_matmul(x[::-1], w, implementation='llvm_cpu')
+  np.testing.assert_array_equal(together, turned[::-1])
+
+
+def test_a_table_may_have_any_number_of_rows():
+  """1,001 columns fit no tile of several; untransposed they fill no vectors."""
+  x, w = _operands(5, 64, 1001, True)
+  found = api.narrow_matmul(x, w, transposed=True, implementation='llvm_cpu')
+  np.testing.assert_allclose(found, _exact(x, w, True), atol=3e-5)
+  with pytest.raises(NotImplementedError, match='does not fill vectors'):
+    api.narrow_matmul(x, w.T, implementation='llvm_cpu')
+
+
+@pytest.mark.parametrize('transposed', [False, True])
+def test_gradients_are_those_of_the_product(transposed):
+  x, w = _operands(4, 32, 48, transposed)
+  weights = jnp.cos(jnp.arange(4 * 48.0)).reshape(4, 48)
+
+  def loss(implementation, x, w):
+    out = api.narrow_matmul(
+      x, w, transposed=transposed, implementation=implementation
+    )
+    return jnp.sum(jnp.sin(out) * weights)
+
+  found, expected = (
+    jax.grad(loss, argnums=(1, 2))(name, x, w)
+    for name in ('llvm_cpu', 'blockwise')
+  )
+  chex.assert_trees_all_close(found, expected, atol=1e-4)
+
+
+def test_the_platform_chooses():
+  """On a CPU the kernel, elsewhere XLA's own product."""
+  x, w = _operands(4, 32, 48, False)
+  traced = jax.jit(api.narrow_matmul).trace(x, w)
+  here = traced.lower(lowering_platforms=('cpu',)).as_text()
+  there = traced.lower(lowering_platforms=('tpu',)).as_text()
+  assert 'llvm_cpu_' in here
+  assert 'llvm_cpu_' not in there
+  wide = jax.jit(api.narrow_matmul).trace(jnp.ones((17, 32)), w)
+  assert 'llvm_cpu_' not in wide.lower().as_text()
+
+
+@pytest.mark.parametrize(
+  ('x', 'w', 'message'),
+  [
+    (jnp.ones((17, 16)), jnp.ones((16, 16)), '17 rows are more than 16'),
+    (jnp.ones((2, 16)), jnp.ones((16, 24)), 'does not fill vectors'),
+    (jnp.ones((2, 16)), jnp.ones((16, 16), jnp.bfloat16), 'not float32'),
+  ],
+)
+def test_what_the_kernel_does_not_take(x, w, message):
+  with pytest.raises(NotImplementedError, match=message):
+    api.narrow_matmul(x, w, implementation='llvm_cpu')
+
+
+def test_shapes_that_do_not_multiply():
+  with pytest.raises(ValueError, match='do not multiply'):
+    api.narrow_matmul(jnp.ones((2, 3)), jnp.ones((4, 5)))
+  with pytest.raises(ValueError, match='do not multiply'):
+    api.narrow_matmul(jnp.ones((2, 3)), jnp.ones((3, 5)), transposed=True)
