@@ -3,7 +3,7 @@
 Pallas compiles for TPUs and GPUs. On a CPU XLA reads the weights of a product
 with two to sixteen rows twice, because it packs them for its large products
 first. Here a kernel is a Python function that emits one part of an operation
-with llvmlite:
+with the words of `llvm_ir`:
 
     def emit(builder, static, pointers, part):
       ...                          # one part of the columns, say
@@ -17,8 +17,7 @@ part after part, so which thread takes which does not change a result. A call
 while the team is at work for another one runs all of its parts itself.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-import contextlib
+from collections.abc import Callable, Sequence
 import ctypes
 import functools
 import hashlib
@@ -31,11 +30,10 @@ from typing import Any
 
 import jax
 
-try:
-  from llvmlite import binding
-  from llvmlite import ir
-except ImportError:  # the extra `cpu`
-  binding = ir = None
+from pallas_kernels.llvm_ir import binding
+from pallas_kernels.llvm_ir import ir
+from pallas_kernels.llvm_ir import number
+from pallas_kernels.llvm_ir import place
 
 # Emits one part of the work: a builder, static choices, pointers to the
 # arguments and the result, and which part it is (an i64).
@@ -55,16 +53,6 @@ def available() -> bool:
     and os.uname().machine in _PAUSE
     and _header().is_file()
   )
-
-
-def lanes() -> int:
-  """float32 numbers in a vector register."""
-  return 16 if binding.get_host_cpu_features().get('avx512f') else 8
-
-
-def registers() -> int:
-  """Vector registers."""
-  return 32 if lanes() == 16 else 16
 
 
 def call(
@@ -88,105 +76,6 @@ def call(
   # A batch is rare here (a test that maps over models): one after another.
   run = jax.ffi.ffi_call(target, result, vmap_method='sequential')
   return run(*args)
-
-
-# What a kernel is written with.
-
-
-@contextlib.contextmanager
-def carry(builder, start, stop, step, values) -> Iterator[Any]:
-  """A loop that carries values from round to round.
-
-  Yields i, the carried values, and a function that says what they are in the
-  next round; after the loop the carried values are those of its end.
-  """
-  start, stop, step = map(number, (start, stop, step))
-  before = builder.block
-  head, body, after = (
-    builder.append_basic_block(name) for name in ('head', 'body', 'after')
-  )
-  builder.branch(head)
-  builder.position_at_end(head)
-  i = builder.phi(ir.IntType(64))
-  i.add_incoming(start, before)
-  carried = [builder.phi(value.type) for value in values]
-  for phi, value in zip(carried, values, strict=True):
-    phi.add_incoming(value, before)
-  builder.cbranch(builder.icmp_signed('<', i, stop), body, after)
-  builder.position_at_end(body)
-  following = []
-  yield i, carried, following.extend
-  i.add_incoming(builder.add(i, step), builder.block)
-  for phi, value in zip(carried, following, strict=True):
-    phi.add_incoming(value, builder.block)
-  builder.branch(head)
-  builder.position_at_end(after)
-
-
-@contextlib.contextmanager
-def count(builder, start, stop, step) -> Iterator[Any]:
-  """The body of `for i in range(start, stop, step)`; yields i, an i64."""
-  with carry(builder, start, stop, step, ()) as (i, _, _):
-    yield i
-
-
-def number(value) -> Any:
-  """An i64."""
-  return ir.Constant(ir.IntType(64), value) if isinstance(value, int) else value
-
-
-def place(builder, base, index, kind=None) -> Any:
-  """The address of `base[index]`, float32 numbers by default."""
-  kind = kind or ir.FloatType()
-  return builder.gep(base, [number(index)], source_etype=kind)
-
-
-def load_vector(builder, address) -> Any:
-  """As many float32 numbers as a register holds."""
-  return builder.load(address, typ=_vector(), align=4)
-
-
-def splat(builder, address) -> Any:
-  """A vector of the float32 number at an address."""
-  value = builder.load(address, typ=ir.FloatType(), align=4)
-  kind = _vector()
-  some = ir.Constant(kind, ir.Undefined)
-  first = builder.insert_element(some, value, ir.Constant(ir.IntType(32), 0))
-  zeros = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), None)
-  return builder.shuffle_vector(first, some, zeros)
-
-
-def zeros() -> Any:
-  """A vector of zeros."""
-  return ir.Constant(_vector(), None)
-
-
-def multiply_add(builder, a, b, c) -> Any:
-  """a b + c of vectors, rounded once."""
-  kind = _vector()
-  fma = intrinsic(builder, f'llvm.fma.v{kind.count}f32', kind, [kind] * 3)
-  return builder.call(fma, [a, b, c])
-
-
-def total(builder, vector) -> Any:
-  """The sum of a vector's numbers, a float32."""
-  kind, scalar = _vector(), ir.FloatType()
-  name = f'llvm.vector.reduce.fadd.v{kind.count}f32'
-  add = intrinsic(builder, name, scalar, [scalar, kind])
-  # In any order: as a tree, not one after another.
-  start = ir.Constant(scalar, 0.0)
-  return builder.call(add, [start, vector], fastmath=('reassoc',))
-
-
-def intrinsic(builder, name: str, result, args) -> Any:
-  """A function that LLVM knows, declared once a module."""
-  declared = builder.module.globals.get(name)
-  kind = ir.FunctionType(result, args)
-  return declared or ir.Function(builder.module, kind, name)
-
-
-def _vector() -> Any:
-  return ir.VectorType(ir.FloatType(), lanes())
 
 
 # From IR to a function that XLA calls.

@@ -74,7 +74,7 @@ ONLY_IN = {
   'gguf': ('efficiency_jax/io/', 'experiments/'),
   'grain': ('efficiency_jax/data/',),
   'llama_cpp': ('experiments/',),
-  'llvmlite': ('pallas_kernels/llvm_cpu.py',),
+  'llvmlite': ('pallas_kernels/llvm_ir.py',),
   'matplotlib': ('experiments/',),
   'ml_collections': ('experiments/', 'configs/'),
   'orbax': ('efficiency_jax/io/checkpoint.py',),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.int8_matmul import blockwise
+from pallas_kernels.int8_matmul import llvm_cpu
 from pallas_kernels.int8_matmul import mosaic_gpu
 from pallas_kernels.int8_matmul import mosaic_tpu
 from pallas_kernels.int8_matmul import reference
@@ -24,6 +25,7 @@ IMPLEMENTATIONS = {
   'blockwise': blockwise.int8_matmul,
   'mosaic_tpu': mosaic_tpu.int8_matmul,
   'mosaic_gpu': mosaic_gpu.int8_matmul,
+  'llvm_cpu': llvm_cpu.int8_matmul,
 }
 
 # 127 * 127 * K must fit an int32.

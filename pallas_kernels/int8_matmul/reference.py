@@ -11,7 +11,7 @@ import numpy as np
 # Symmetric: -128 has no partner and is never produced.
 LARGEST = 127
 # Below it a scale is not a normal float32, and has no usable reciprocal.
-_SMALLEST = float(np.finfo(np.float32).tiny)
+SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 def scales_of(absmax: jax.Array) -> jax.Array:
@@ -22,7 +22,7 @@ def scales_of(absmax: jax.Array) -> jax.Array:
   # A product, because compilers replace the division by a constant with one,
   # and then a compiled program would round otherwise than single operations.
   scales = absmax.astype(jnp.float32) * (1 / LARGEST)
-  return jnp.where(scales < _SMALLEST, 1.0, scales)
+  return jnp.where(scales < SMALLEST, 1.0, scales)
 
 
 def quantize(x: jax.Array, scales: jax.Array) -> jax.Array:

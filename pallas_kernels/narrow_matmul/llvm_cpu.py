@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import llvm_cpu
+from pallas_kernels import llvm_ir as ll
 
 MOST_ROWS = 16
 _ROWS = 8  # at a time
@@ -40,7 +41,7 @@ def narrow_matmul(x: jax.Array, w: jax.Array, *, transposed: bool) -> jax.Array:
   if rows > MOST_ROWS:
     raise NotImplementedError(f'{rows} rows are more than {MOST_ROWS}')
   along = inner if transposed else columns
-  if not along or along % llvm_cpu.lanes() or not rows:
+  if not along or along % ll.lanes() or not rows:
     raise NotImplementedError(
       f'[{rows}, {inner}] times [{inner}, {columns}] does not fill vectors'
     )
@@ -57,28 +58,29 @@ def _emit(builder, static, pointers, part) -> None:
   """One part of out for w [K, N]."""
   rows, inner, columns = static
   x, w, out = pointers
-  lanes = llvm_cpu.lanes()
+  lanes = ll.lanes()
 
   def tile(column, vectors, group):
     sums = [(m, v) for m in group for v in range(vectors)]
-    start = [llvm_cpu.zeros() for _ in sums]
-    with llvm_cpu.carry(builder, 0, inner, 1, start) as (k, carried, keep):
-      line = builder.mul(k, llvm_cpu.number(columns))
+    start = [ll.zeros() for _ in sums]
+    with ll.carry(builder, 0, inner, 1, start) as (k, carried, keep):
+      line = builder.mul(k, ll.number(columns))
       line = builder.add(line, column)
       weights = [
-        llvm_cpu.load_vector(builder, _at(builder, w, line, v * lanes))
+        ll.load_vector(builder, _at(builder, w, line, v * lanes))
         for v in range(vectors)
       ]
       values = {
-        m: llvm_cpu.splat(builder, _at(builder, x, k, m * inner)) for m in group
+        m: ll.spread(builder, ll.load(builder, _at(builder, x, k, m * inner)))
+        for m in group
       }
       keep(
-        llvm_cpu.multiply_add(builder, values[m], weights[v], carried[i])
+        ll.apply(builder, 'fma', values[m], weights[v], carried[i])
         for i, (m, v) in enumerate(sums)
       )
     for (m, v), value in zip(sums, carried, strict=True):
       place = _at(builder, out, column, m * columns + v * lanes)
-      builder.store(value, place, align=4)
+      ll.store(builder, value, place)
 
   _tiles(builder, part, rows, columns, lanes, tile)
 
@@ -90,26 +92,25 @@ def _emit_table(builder, static, pointers, part) -> None:
 
   def tile(column, width, group):
     sums = [(m, n) for m in group for n in range(width)]
-    start = [llvm_cpu.zeros() for _ in sums]
-    line = builder.mul(column, llvm_cpu.number(inner))
-    steps = llvm_cpu.carry(builder, 0, inner, llvm_cpu.lanes(), start)
+    start = [ll.zeros() for _ in sums]
+    line = builder.mul(column, ll.number(inner))
+    steps = ll.carry(builder, 0, inner, ll.lanes(), start)
     with steps as (k, carried, keep):
       along = builder.add(line, k)
       weights = [
-        llvm_cpu.load_vector(builder, _at(builder, w, along, n * inner))
+        ll.load_vector(builder, _at(builder, w, along, n * inner))
         for n in range(width)
       ]
       values = {
-        m: llvm_cpu.load_vector(builder, _at(builder, x, k, m * inner))
-        for m in group
+        m: ll.load_vector(builder, _at(builder, x, k, m * inner)) for m in group
       }
       keep(
-        llvm_cpu.multiply_add(builder, values[m], weights[n], carried[i])
+        ll.apply(builder, 'fma', values[m], weights[n], carried[i])
         for i, (m, n) in enumerate(sums)
       )
     for (m, n), value in zip(sums, carried, strict=True):
       place = _at(builder, out, column, m * columns + n)
-      builder.store(llvm_cpu.total(builder, value), place, align=4)
+      ll.store(builder, ll.total(builder, value), place)
 
   _tiles(builder, part, rows, columns, 1, tile)
 
@@ -120,27 +121,20 @@ def _tiles(builder, part, rows: int, columns: int, unit: int, tile) -> None:
   A tile is as many units of columns as fit the registers, at the end of a part
   one unit.
   """
-  groups = -(-rows // _ROWS)
-  rows_of = [
-    range(i * rows // groups, (i + 1) * rows // groups) for i in range(groups)
-  ]
+  rows_of = ll.groups(rows, _ROWS)
   # A quarter of the registers is for weights and x.
-  most = llvm_cpu.registers() * 3 // 4 // max(map(len, rows_of))
-  units = llvm_cpu.number(columns // unit)
-  first, last = (
-    builder.sdiv(builder.mul(i, units), llvm_cpu.number(_PARTS))
-    for i in (part, builder.add(part, llvm_cpu.number(1)))
-  )
-  rest = builder.srem(builder.sub(last, first), llvm_cpu.number(most))
+  most = ll.registers() * 3 // 4 // max(map(len, rows_of))
+  first, last = ll.share(builder, part, _PARTS, columns // unit)
+  rest = builder.srem(builder.sub(last, first), ll.number(most))
   middle = builder.sub(last, rest)
   for begin, end, width in ((first, middle, most), (middle, last, 1)):
-    with llvm_cpu.count(builder, begin, end, width) as i:
-      column = builder.mul(i, llvm_cpu.number(unit))
+    with ll.count(builder, begin, end, width) as i:
+      column = builder.mul(i, ll.number(unit))
       for group in rows_of:
         tile(column, width, group)
 
 
 def _at(builder, base, index, offset: int):
   """The address of `base[index + offset]`."""
-  index = builder.add(index, llvm_cpu.number(offset))
-  return llvm_cpu.place(builder, base, index)
+  index = builder.add(index, ll.number(offset))
+  return ll.place(builder, base, index)

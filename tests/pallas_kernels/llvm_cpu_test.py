@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import llvm_cpu
+from pallas_kernels import llvm_ir as ll
 
 pytestmark = [
   pytest.mark.short,
@@ -20,17 +21,15 @@ pytestmark = [
 def _emit_sum(builder, width, pointers, part):
   """out[part] is the sum of row `part` of x [parts, width]."""
   x, out = pointers
-  row = builder.mul(part, llvm_cpu.number(width))
-  steps = llvm_cpu.carry(
-    builder, 0, width, llvm_cpu.lanes(), [llvm_cpu.zeros()]
-  )
+  row = builder.mul(part, ll.number(width))
+  steps = ll.carry(builder, 0, width, ll.lanes(), [ll.zeros()])
   with steps as (k, (total,), keep):
-    place = llvm_cpu.place(builder, x, builder.add(row, k))
-    one = llvm_cpu.splat(builder, llvm_cpu.place(builder, x, 0))
-    vector = llvm_cpu.load_vector(builder, place)
-    keep([llvm_cpu.multiply_add(builder, vector, one, total)])
-  total = llvm_cpu.total(builder, total)
-  builder.store(total, llvm_cpu.place(builder, out, part), align=4)
+    place = ll.place(builder, x, builder.add(row, k))
+    one = ll.spread(builder, ll.load(builder, ll.place(builder, x, 0)))
+    vector = ll.load_vector(builder, place)
+    keep([ll.apply(builder, 'fma', vector, one, total)])
+  total = ll.total(builder, total)
+  ll.store(builder, total, ll.place(builder, out, part))
 
 
 def _sums(x):

@@ -1,0 +1,214 @@
+"""Words that kernels for the CPU are written with: loops, vectors, intrinsics.
+
+Each emits instructions at the place where an llvmlite `IRBuilder` stands, and
+returns the value they make. See `llvm_cpu`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+from typing import Any
+
+try:
+  from llvmlite import binding
+  from llvmlite import ir
+except ImportError:  # the extra `cpu`
+  binding = ir = None
+
+if ir:
+  i8, i32, i64, f32 = *map(ir.IntType, (8, 32, 64)), ir.FloatType()
+else:
+  i8 = i32 = i64 = f32 = None
+
+Value = Any  # an ir.Value
+Type = Any  # an ir.Type
+
+
+# The processor that runs this.
+
+
+def has(feature: str) -> bool:
+  """Whether it has a feature, by LLVM's name for it."""
+  return bool(binding.get_host_cpu_features().get(feature))
+
+
+def lanes() -> int:
+  """float32 numbers in a vector register."""
+  return 16 if has('avx512f') else 8
+
+
+def registers() -> int:
+  """Vector registers."""
+  return 32 if lanes() == 16 else 16
+
+
+# Shares and loops.
+
+
+def groups(rows: int, most: int) -> list[range]:
+  """Rows in groups of nearly equal size, `most` at most."""
+  count = -(-rows // most)
+  return [
+    range(i * rows // count, (i + 1) * rows // count) for i in range(count)
+  ]
+
+
+def share(builder, part: Value, parts: int, units: int) -> tuple[Value, Value]:
+  """The first unit of a part, and the one after its last."""
+  first, after = (
+    builder.sdiv(builder.mul(i, number(units)), number(parts))
+    for i in (part, builder.add(part, number(1)))
+  )
+  return first, after
+
+
+@contextlib.contextmanager
+def carry(
+  builder, start, stop, step, values: Sequence[Value]
+) -> Iterator[tuple[Value, list[Value], Callable[[Iterable[Value]], None]]]:
+  """A loop that carries values from round to round.
+
+  Yields i, the carried values, and a function that is told what they are in the
+  next round. After the loop they are what they were at its end.
+  """
+  start, stop, step = map(number, (start, stop, step))
+  before = builder.block
+  head, body, after = (
+    builder.append_basic_block(name) for name in ('head', 'body', 'after')
+  )
+  builder.branch(head)
+  builder.position_at_end(head)
+  i = builder.phi(i64)
+  i.add_incoming(start, before)
+  carried = [builder.phi(value.type) for value in values]
+  for phi, value in zip(carried, values, strict=True):
+    phi.add_incoming(value, before)
+  builder.cbranch(builder.icmp_signed('<', i, stop), body, after)
+  builder.position_at_end(body)
+  following = []
+  yield i, carried, following.extend
+  i.add_incoming(builder.add(i, step), builder.block)
+  for phi, value in zip(carried, following, strict=True):
+    phi.add_incoming(value, builder.block)
+  builder.branch(head)
+  builder.position_at_end(after)
+
+
+@contextlib.contextmanager
+def count(builder, start, stop, step) -> Iterator[Value]:
+  """The body of `for i in range(start, stop, step)`; yields i."""
+  with carry(builder, start, stop, step, ()) as (i, _, _):
+    yield i
+
+
+# Numbers and vectors. A vector has as many numbers as a register has of
+# float32, whatever its type.
+
+
+def number(value: int | Value) -> Value:
+  """An i64."""
+  return ir.Constant(i64, value) if isinstance(value, int) else value
+
+
+def constant(value: float, kind: Type = f32) -> Value:
+  """A number of a type."""
+  return ir.Constant(kind, value)
+
+
+def vector_of(kind: Type = f32) -> Type:
+  """The type of a vector."""
+  return ir.VectorType(kind, lanes())
+
+
+def zeros(kind: Type = f32) -> Value:
+  """A vector of zeros."""
+  return ir.Constant(vector_of(kind), None)
+
+
+def spread(builder, value: Value) -> Value:
+  """A vector of one number."""
+  some = ir.Constant(vector_of(value.type), ir.Undefined)
+  first = builder.insert_element(some, value, ir.Constant(i32, 0))
+  return shuffle(builder, first, some, [0] * lanes())
+
+
+def shuffle(builder, a: Value, b: Value, order: Sequence[int]) -> Value:
+  """Elements of two vectors by their number, those of `b` counted on."""
+  mask = ir.VectorType(i32, len(order))
+  return builder.shuffle_vector(a, b, ir.Constant(mask, list(order)))
+
+
+# Memory.
+
+
+def place(builder, base: Value, index: int | Value, kind: Type = f32) -> Value:
+  """The address of `base[index]`."""
+  return builder.gep(base, [number(index)], source_etype=kind)
+
+
+def room(builder, size: int, kind: Type = f32) -> Value:
+  """The address of `size` numbers on the stack; not inside of a loop."""
+  address = builder.alloca(kind, size)
+  address.type = ir.PointerType()  # llvmlite remembers what it points to
+  return address
+
+
+def load(builder, address: Value, kind: Type = f32) -> Value:
+  """The number at an address."""
+  return builder.load(address, typ=kind, align=1)
+
+
+def load_vector(builder, address: Value, kind: Type = f32) -> Value:
+  """The vector that begins at an address."""
+  return builder.load(address, typ=vector_of(kind), align=1)
+
+
+def load_bytes(builder, address: Value) -> Value:
+  """64 bytes."""
+  return builder.load(address, typ=ir.VectorType(i8, 64), align=1)
+
+
+def store(builder, value: Value, address: Value) -> None:
+  """Writes a number or a vector."""
+  builder.store(value, address, align=1)
+
+
+# Arithmetic that LLVM has no instruction for, but an intrinsic.
+
+
+def apply(builder, name: str, *args: Value) -> Value:
+  """`llvm.NAME` of arguments of one type; a reduction gives a number."""
+  kind = args[0].type
+  result = kind.element if name.startswith('vector.reduce') else kind
+  return _call(builder, f'{name}.{_suffix(kind)}', result, args)
+
+
+def total(builder, vector: Value) -> Value:
+  """The sum of a vector of float32, in the order of a tree."""
+  name = f'vector.reduce.fadd.{_suffix(vector.type)}'
+  return _call(
+    builder, name, f32, (constant(0.0), vector), fastmath=('reassoc',)
+  )
+
+
+def dot4(builder, sums: Value, unsigned: Value, signed: Value) -> Value:
+  """Sixteen int32 sums, to each of which four products of bytes are added.
+
+  VPDPBUSD of AVX-512 VNNI; sums wrap around.
+  """
+  octets = ir.VectorType(i8, 64)
+  args = (sums, *(builder.bitcast(v, octets) for v in (unsigned, signed)))
+  return _call(builder, 'x86.avx512.vpdpbusd.512', sums.type, args)
+
+
+def _suffix(kind: Type) -> str:
+  if isinstance(kind, ir.VectorType):
+    return f'v{kind.count}{_suffix(kind.element)}'
+  return 'f32' if kind == f32 else f'i{kind.width}'
+
+
+def _call(builder, name: str, result: Type, args, **options) -> Value:
+  name = f'llvm.{name}'
+  kind = ir.FunctionType(result, [value.type for value in args])
+  declared = builder.module.globals.get(name)
+  function = declared or ir.Function(builder.module, kind, name)
+  return builder.call(function, args, **options)
