@@ -44,7 +44,7 @@ class ApplyFn(Protocol):
     tokens: jax.Array,  # [B, T] int32
     cache: Cache | None = None,
     *,
-    ancestors: jax.Array | None = None,  # [T, T] bool
+    ancestors: jax.Array | None = None,  # [T, T] or [B, T, T] bool
     segments: jax.Array | None = None,  # [B, T] int32
   ) -> tuple[ModelOutput, Cache | None]:
     """Scores `tokens` after the positions that `cache` holds.

@@ -24,6 +24,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from efficiency_jax.decoding import dynamic_tree
 from efficiency_jax.decoding import sampling as sampling_lib
 from efficiency_jax.decoding import token_tree
 from efficiency_jax.decoding.prefill import prefill
@@ -78,7 +79,7 @@ class Drafter(Protocol):
   name: str
   needs_features: bool
 
-  def tree(self, length: int) -> token_tree.TokenTree:
+  def tree(self, length: int) -> token_tree.TokenTree | dynamic_tree.Growth:
     """Shape of a draft of `length` tokens: `length + 1` nodes."""
     ...
 

@@ -26,6 +26,8 @@ import numpy as np
 
 from efficiency_jax.decoding import draft_vocabulary
 from efficiency_jax.decoding import drafters
+from efficiency_jax.decoding import dynamic_tree
+from efficiency_jax.decoding.dynamic_tree import Growth
 from efficiency_jax.decoding.prefill import prefill
 from efficiency_jax.decoding.prefill import slots_for
 from efficiency_jax.decoding.token_tree import TokenTree
@@ -86,7 +88,7 @@ class Draft(nn.Module):
     embedded: jax.Array,  # [B, T, D]
     features: jax.Array,  # [B, T, D]
     cache: Cache | None = None,
-    ancestors: jax.Array | None = None,  # [T, T] bool
+    ancestors: jax.Array | None = None,  # [T, T] or [B, T, T] bool
   ) -> tuple[jax.Array, Cache | None]:
     c = self.config
     x = transformer.Linear(c.width, name='fuse')(
@@ -151,7 +153,7 @@ def apply(
   features: jax.Array,  # [B, T, D], the state before each token
   cache: Cache | None = None,
   *,
-  ancestors: jax.Array | None = None,  # [T, T] bool
+  ancestors: jax.Array | None = None,  # [T, T] or [B, T, T] bool
 ) -> tuple[jax.Array, Cache | None]:
   """The draft's own states [B, T, D] and the grown cache.
 
@@ -215,7 +217,7 @@ class Eagle:
   The draft's parameters are those of `init`, and beside them `vocabulary` [R]
   int32 if the form has one. A chain is sampled from q, which a verifier is
   given; a tree holds the best guesses of q after each node, so its draft is
-  deterministic.
+  deterministic. Its shape is given, or grows where q is sure (EAGLE-2).
 
   After a round the cache of the draft lacks the kept tokens, or holds what was
   computed of the draft's own states. The next draft feeds them again with the
@@ -229,7 +231,7 @@ class Eagle:
   """
 
   form: Form
-  trees: tuple[TokenTree, ...] = ()
+  trees: tuple[TokenTree | Growth, ...] = ()
   name: str = 'eagle'
   num_kinds: int = 1
   needs_features: bool = True
@@ -238,8 +240,19 @@ class Eagle:
     sizes = [len(tree) for tree in self.trees]
     if len(set(sizes)) < len(sizes):
       raise ValueError(f'trees must differ in size, got sizes {sizes}.')
+    size = self.form.vocabulary or self.form.target.vocab_size
+    widest = max((growth.expand for growth in self._growths), default=0)
+    if widest > size:
+      raise ValueError(
+        f'expand must be <= {size}, the tokens that may be drafted, got'
+        f' {widest}.'
+      )
 
-  def tree(self, length: int) -> TokenTree:
+  @property
+  def _growths(self) -> list[Growth]:
+    return [tree for tree in self.trees if isinstance(tree, Growth)]
+
+  def tree(self, length: int) -> TokenTree | Growth:
     """The given tree of `length + 1` nodes, or a chain."""
     fitting = [tree for tree in self.trees if len(tree) == length + 1]
     return fitting[0] if fitting else chain(length)
@@ -248,12 +261,13 @@ class Eagle:
     """Runs the draft over the prompts."""
     form, size = self.form, self.form.target.vocab_size
     batch, slots = context.tokens.shape
+    room = max([longest, *(growth.expanded for growth in self._growths)])
     # Position t is fed with the state at t - 1.
     features = jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))
     cache = kv_cache.init(
       form.config,
       batch,
-      max(slots + longest, slots_for(slots)),
+      max(slots + room, slots_for(slots)),
       hidden.dtype,
     )
     head = columns = None
@@ -293,6 +307,8 @@ class Eagle:
       proposal, own = self._chain(
         weights, state, own, root, context, length, purpose
       )
+    elif isinstance(tree, Growth):
+      proposal, own = self._grown(weights, state, own, root, tree)
     else:
       proposal, own = self._tree(weights, state, own, root, tree)
     # What follows the text was computed of the draft's own states.
@@ -373,6 +389,25 @@ class Eagle:
     count = jnp.full(start.shape, len(drafted), jnp.int32)
     return Proposal(jnp.stack(drafted, axis=1), count, None), own
 
+  def _grown(self, weights, state, own, root, growth: Growth):
+    """The guesses that q thinks most likely as whole paths."""
+    start = own.length
+
+    def guess(hidden, most):
+      scores = self._scores(weights, state, hidden).astype(jnp.float32)
+      gains, best = lax.top_k(jax.nn.log_softmax(scores), most)
+      if state.columns is not None:
+        best = jnp.take(weights.draft['vocabulary'], best)
+      return best.astype(jnp.int32), gains
+
+    def feed(tokens, before, ancestors, own):
+      own = own._replace(length=start)
+      return self._step(weights, tokens, before, own, ancestors=ancestors)
+
+    tokens, parents, own = dynamic_tree.grow(growth, root, guess, feed, own)
+    count = jnp.full(start.shape, growth.nodes, jnp.int32)
+    return Proposal(tokens, count, None, parents), own
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainedDraft:
@@ -388,7 +423,7 @@ class TrainedDraft:
   form: Form
   params: Params
   vocabulary: jax.Array | None = None
-  trees: tuple[TokenTree, ...] = ()
+  trees: tuple[TokenTree | Growth, ...] = ()
 
   def __post_init__(self):
     size = None if self.vocabulary is None else len(self.vocabulary)

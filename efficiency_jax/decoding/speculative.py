@@ -28,11 +28,12 @@ from efficiency_jax.decoding.drafters import Context
 from efficiency_jax.decoding.drafters import Features
 from efficiency_jax.decoding.drafters import Forecast
 from efficiency_jax.decoding.drafters import Weights
+from efficiency_jax.decoding.dynamic_tree import Forest
 from efficiency_jax.decoding.prefill import prefill
 from efficiency_jax.decoding.sampling import Sampling
-from efficiency_jax.decoding.token_tree import TokenTree
 from efficiency_jax.decoding.verifiers import GREEDY
 from efficiency_jax.decoding.verifiers import Proposal
+from efficiency_jax.decoding.verifiers import Tree
 from efficiency_jax.decoding.verifiers import Verdict
 from efficiency_jax.decoding.verifiers import Verifier
 from efficiency_jax.models import cache as kv_cache
@@ -253,6 +254,8 @@ def _round(
   tree = decoder.drafter.tree(drafted)
   context = Context(state.tokens, state.length, state.keys, state.sampling)
   proposal, draft, cache = _propose(decoder, weights, state, context, drafted)
+  if proposal.parents is not None:
+    tree = Forest(proposal.parents, tree.height)
 
   anchor = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
   fed = jnp.concatenate([anchor, proposal.tokens], axis=1)
@@ -284,15 +287,15 @@ def _round(
   return state._replace(draft=draft, forecast=forecast)
 
 
-def _along_path(proposal: Proposal, verdict: Verdict, tree: TokenTree):
+def _along_path(proposal: Proposal, verdict: Verdict, tree: Tree):
   """The accepted path of a tree as a chain, and its nodes [B, height + 1].
 
   The chain goes on where the path was left: to the first child, as the token
   that was refused.
   """
-  path = jnp.asarray(tree.paths, jnp.int32)[verdict.node]
+  path = tree.path_to(verdict.node)
   tokens = jnp.take_along_axis(proposal.tokens, path[:, 1:] - 1, axis=1)
-  refused = jnp.asarray(tree.is_inner)[verdict.node] & (proposal.count > 0)
+  refused = tree.has_children(verdict.node) & (proposal.count > 0)
   return Proposal(tokens, verdict.num_accepted + refused, None), path
 
 
@@ -313,13 +316,13 @@ def _propose(decoder, weights, state, context, drafted: int):
 
 
 def _seen(
-  state: State, draft: jax.Array, tree: TokenTree, vocab_size: int
+  state: State, draft: jax.Array, tree: Tree, vocab_size: int
 ) -> jax.Array:
   """Tokens before each scored position, drafts included: [B, G + 1, V]."""
   base = sampling_lib.seen_tokens(state.tokens, state.length, vocab_size)
   one_hot = jax.nn.one_hot(draft, vocab_size, dtype=jnp.float32)
-  above = jnp.asarray(tree.ancestors[:, 1:], jnp.float32)
-  earlier = jnp.einsum('ng,bgv->bnv', above, one_hot) > 0
+  above = jnp.asarray(tree.ancestors[..., 1:], jnp.float32)
+  earlier = above @ one_hot > 0
   return base[:, None] | earlier
 
 

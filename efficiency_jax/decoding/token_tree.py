@@ -7,6 +7,7 @@
 The shape is known before anything is compiled: numbers of numpy. Nodes stand in
 an order in which parents come before children. A chain, the ordinary draft, is
 the tree without branches (SpecInfer, arXiv 2305.09781; Medusa, 2401.10774).
+Trees whose shape only the draft tells are those of `dynamic_tree`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,8 @@ import functools
 import heapq
 import operator
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 # Which choice to take at each step from the root: (0, 2) is the third best
@@ -94,6 +97,18 @@ class TokenTree:
         way.append(self.parents.index(last) if self.is_inner[last] else last)
       paths[node] = way
     return paths
+
+  def at_parents(self, values: jax.Array) -> jax.Array:
+    """Values [B, N, ...] at the parent of each draft token: [B, N - 1, ...]."""
+    return values[:, np.asarray(self.parents[1:], int)]
+
+  def has_children(self, node: jax.Array) -> jax.Array:
+    """Whether node `node[b]` has children: [B] bool."""
+    return jnp.asarray(self.is_inner)[node]
+
+  def path_to(self, node: jax.Array) -> jax.Array:
+    """The row of `paths` of node `node[b]`: [B, height + 1] int32."""
+    return jnp.asarray(self.paths, jnp.int32)[node]
 
   @property
   def is_chain(self) -> bool:

@@ -28,8 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficiency_jax.decoding import sampling
+from efficiency_jax.decoding.dynamic_tree import Forest
 from efficiency_jax.decoding.sampling import Purpose
 from efficiency_jax.decoding.token_tree import TokenTree
+
+# One tree for all rows, or one for each.
+Tree = TokenTree | Forest
 
 
 class Proposal(NamedTuple):
@@ -43,6 +47,8 @@ class Proposal(NamedTuple):
   # Processed logits of q, the distribution that each token was sampled from;
   # None where the draft is deterministic, a point mass.
   logits: jax.Array | None  # [B, G, V] float32
+  # Of the nodes 0 .. G, where the tree is known only now; see `Forest`.
+  parents: jax.Array | None = None  # [B, G + 1] int32
 
 
 class Verdict(NamedTuple):
@@ -66,9 +72,7 @@ class Verifier:
   name: str
   guarantee: str  # 'greedy', 'distribution', 'seed' or 'none'
   draft_purpose: Purpose
-  verify: Callable[
-    [jax.Array, jax.Array, jax.Array, Proposal, TokenTree], Verdict
-  ]
+  verify: Callable[[jax.Array, jax.Array, jax.Array, Proposal, Tree], Verdict]
   takes_trees: bool
 
 
@@ -92,9 +96,8 @@ def _typical(keys, position, logits, proposal: Proposal, tree) -> Verdict:
   p = jnp.exp(log_p)
   entropy = -jnp.sum(p * jnp.where(p > 0, log_p, 0.0), axis=-1)
   threshold = jnp.minimum(_EPSILON, _DELTA * jnp.exp(-entropy))  # [B, N]
-  above = np.asarray(tree.parents[1:], int)
-  likelihood = _at(log_p[:, above], proposal.tokens)
-  kept = jnp.exp(likelihood) > threshold[:, above]
+  likelihood = _at(tree.at_parents(log_p), proposal.tokens)
+  kept = jnp.exp(likelihood) > tree.at_parents(threshold)
   choice = _sampled(keys, position, logits, tree)
   return _deepest(kept, choice, proposal, tree, likelihood)
 
@@ -160,7 +163,7 @@ def named(name: str) -> Verifier:
   return VERIFIERS[name]
 
 
-def _sampled(keys, position, logits, tree: TokenTree) -> jax.Array:
+def _sampled(keys, position, logits, tree: Tree) -> jax.Array:
   """What plain sampling would take at each node: [B, N] int32.
 
   Nodes of one depth share their noise, which belongs to the place in the text.
@@ -170,9 +173,9 @@ def _sampled(keys, position, logits, tree: TokenTree) -> jax.Array:
   return sampling.draw(keys, logits)
 
 
-def _follow(choice: jax.Array, proposal: Proposal, tree: TokenTree) -> Verdict:
+def _follow(choice: jax.Array, proposal: Proposal, tree: Tree) -> Verdict:
   """Accepts while drafts equal the target's own choice [B, N] before them."""
-  same = proposal.tokens == choice[:, np.asarray(tree.parents[1:], int)]
+  same = proposal.tokens == tree.at_parents(choice)
   return _deepest(same, choice, proposal, tree)
 
 
@@ -180,7 +183,7 @@ def _deepest(
   kept: jax.Array,  # [B, N - 1] bool, whether a node may follow its parent
   choice: jax.Array,  # [B, N] int32, the target's token after each node
   proposal: Proposal,
-  tree: TokenTree,
+  tree: Tree,
   likelihood: jax.Array | None = None,  # [B, N - 1] float32, of each node
 ) -> Verdict:
   """The deepest node that stands with all its ancestors.

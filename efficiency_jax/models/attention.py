@@ -53,7 +53,7 @@ def cached_attention(
   values: jax.Array,  # [B, K, S, head_dim]
   start: jax.Array,  # [B] int32, slot of the first new token
   *,
-  ancestors: jax.Array | None = None,  # [T, T] bool
+  ancestors: jax.Array | None = None,  # [T, T] or [B, T, T] bool
   window: int | None = None,
   softcap: float | None = None,
   implementation: Implementation = None,

@@ -1,7 +1,5 @@
 """The one-layer draft alone, and through the real loop."""
 
-import functools
-
 import chex
 import hypothesis
 from hypothesis import strategies as st
@@ -102,18 +100,6 @@ def test_text_is_that_of_plain_decoding(form, verifier):
   check()
 
 
-def _recomputed(form, state):
-  """Cache and features of the draft, from the text and nothing else."""
-  weights = eagle_models.weights(form)
-  apply = jax.jit(transformer.apply_fn(form.target))
-  hidden = apply(weights.target, state.tokens)[0].hidden
-  features = jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-  cache = jax.tree.map(jnp.zeros_like, state.draft.cache)
-  step = jax.jit(functools.partial(eagle.apply, form))
-  _, cache = step(weights.draft, weights.target, state.tokens, features, cache)
-  return cache, features
-
-
 @pytest.mark.slow
 def test_the_state_is_that_of_the_text():
   """After any pattern of drafts: chains, trees, and many rounds without."""
@@ -125,7 +111,7 @@ def test_the_state_is_that_of_the_text():
   for forced, rounds in ((2, 1), (1, 2), (0, 1), (1, 1), (0, 20), (2, 2)):
     before = np.asarray(state.length)
     state = _proceed(decoder, state, max_rounds=rounds, forced=forced)
-    cache, features = _recomputed(form, state)
+    cache, features = eagle_models.recomputed(form, state)
     own = state.draft.cache
     for row, length in enumerate(np.asarray(state.length)):
       accepted.add((forced, int(length - before[row])))
@@ -167,25 +153,16 @@ def test_a_tree_holds_the_best_guesses_after_each_node():
   assert proposal.logits is None
   assert proposal.count.tolist() == [9] * 3
   assert draft.cache.length.tolist() == [len(p) for p in _PROMPTS]
-  _, features = _recomputed(form, state)
-  step = jax.jit(functools.partial(eagle.apply, form))
+  _, features = eagle_models.recomputed(form, state)
   for row, prompt in enumerate(_PROMPTS):
     tokens = proposal.tokens[row].tolist()
     for node in np.flatnonzero(_TREE.is_inner):
       way = _TREE.paths[node][1 : _TREE.depth[node] + 1]
-      text = np.zeros((1, 12), np.int32)
-      end = len(prompt) + len(way)
-      text[0, :end] = prompt + [tokens[n - 1] for n in way]
-      before = np.array(features[row : row + 1, :12])
-      for place in range(len(prompt) - 1, end):
-        # The whole text anew: true states, then own ones.
-        empty = jax.tree.map(lambda x: jnp.zeros_like(x[:1]), draft.cache)
-        own, _ = step(weights.draft, weights.target, text, before, empty)
-        before[:, place + 1] = own[:, place]
-      scores = eagle.scores_fn(form)(
-        eagle_models.head(weights), own[0, end - 1]
+      text = prompt + [tokens[n - 1] for n in way]
+      scores = eagle_models.scores_after(
+        form, state, features, row, text, len(prompt)
       )
-      order = eagle_models.VOCABULARY[np.argsort(-np.asarray(scores))]
+      order = eagle_models.VOCABULARY[np.argsort(-scores)]
       for child in np.flatnonzero(np.asarray(_TREE.parents) == node):
         assert tokens[child - 1] == order[_TREE.rank[child]]
 

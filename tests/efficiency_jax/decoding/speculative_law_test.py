@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from efficiency_jax.decoding import drafters
+from efficiency_jax.decoding import dynamic_tree
 from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import prefill
 from efficiency_jax.decoding import sampling
@@ -47,7 +48,9 @@ _DRAFT = fixtures.config(
 # Drafts of three of the four tokens, in another order.
 _EAGLE = eagle.Form(target=_TARGET, vocabulary=3)
 _DRAFTERS = {
-  'eagle': eagle.Eagle(form=_EAGLE),
+  'eagle': eagle.Eagle(
+    form=_EAGLE, trees=(dynamic_tree.Growth(nodes=7, expand=3, height=2),)
+  ),
   'n-gram': drafters.NGram(longest_match=2),
   'draft model': drafters.DraftModel(
     apply=transformer.apply_fn(_DRAFT), init_cache=kv_cache.initializer(_DRAFT)
@@ -128,6 +131,8 @@ _CASES = [
   ('plain', 'block', (2,)),
   ('eagle', 'token', (3,)),
   ('eagle', 'block', (3,)),
+  # A tree that grows; the others are chains.
+  ('eagle', 'coupled', (7,)),
   # The draft length follows what was accepted.
   ('draft model', 'block', (0, 1, 3)),
 ]
@@ -135,7 +140,14 @@ _CASES = [
 
 @pytest.mark.parametrize(
   ('drafter', 'verifier', 'lengths'),
-  [pytest.param(*c, id=f'{c[0]}-{c[1]}-{c[2]}') for c in _CASES],
+  [
+    pytest.param(
+      *c,
+      id=f'{c[0]}-{c[1]}-{c[2]}',
+      marks=pytest.mark.slow if c[2] == (7,) else (),
+    )
+    for c in _CASES
+  ],
 )
 def test_the_text_has_the_law_of_the_target(drafter, verifier, lengths):
   decoder = speculative.Decoder(
