@@ -38,9 +38,13 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   config.fixed_lengths = (3, 7)  # of n-gram, beside the adaptive one
   config.exit_layers = 10
   config.draft_every = 3  # the draft model: every third layer, untrained
-  # Of methods 'medusa' and 'eagle': the name of a shipped draft, or a file.
+  # The name of a shipped draft, or a file; a draft model may be untrained.
   config.trained = ml_collections.ConfigDict(
-    {'medusa': 'smollm2-135m-medusa', 'eagle': 'smollm2-135m-eagle'}
+    {
+      'medusa': 'smollm2-135m-medusa',
+      'eagle': 'smollm2-135m-eagle',
+      'draft_model': '',
+    }
   )
   config.repeats = 1
   config.seed = 0

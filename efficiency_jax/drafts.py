@@ -15,7 +15,7 @@ or fine-tuned has other bits and keeps its draft; a model trained from another
 beginning has rows that have nothing to do with these.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import hashlib
 import importlib.resources
@@ -30,6 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficiency_jax import trees
+from efficiency_jax.decoding import draft_model
+from efficiency_jax.decoding import draft_vocabulary
 from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import medusa
 from efficiency_jax.decoding import token_tree
@@ -37,13 +39,56 @@ from efficiency_jax.io import arrays
 from efficiency_jax.io import errors
 from efficiency_jax.io.pretrained import LanguageModel
 from efficiency_jax.linear import embed
+from efficiency_jax.types import Params
 
-Draft = medusa.TrainedHeads | eagle.TrainedDraft
+Draft = medusa.TrainedHeads | eagle.TrainedDraft | draft_model.TrainedDraft
 
-# Classes of the draft and of its form, by the name of the drafter.
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+  """What there is to know of the drafts of one drafter.
+
+  Attributes:
+    draft: Class of the draft.
+    form: Class of its form.
+    init: Parameters that a form has for a target; their shapes are read.
+  """
+
+  draft: type
+  form: type
+  init: Callable[[Any, LanguageModel], Params]
+
+  @property
+  def has_trees(self) -> bool:
+    """Whether its drafts have shapes to choose from."""
+    return _has_field(self.draft, 'trees')
+
+
+def _has_field(cls: type, name: str) -> bool:
+  return name in {field.name for field in dataclasses.fields(cls)}
+
+
+def _medusa_init(form: medusa.Heads, lm: LanguageModel) -> Params:
+  tokens = None
+  if form.vocabulary is not None:
+    tokens = jnp.zeros((form.vocabulary,), jnp.int32)
+  table = draft_vocabulary.head(lm.params, tokens)
+  width, size = lm.config.width, lm.config.vocab_size
+  return medusa.init(form, jax.random.key(0), width, size, table)
+
+
 _KINDS = {
-  'medusa': (medusa.TrainedHeads, medusa.Heads),
-  'eagle': (eagle.TrainedDraft, eagle.Form),
+  'medusa': _Kind(medusa.TrainedHeads, medusa.Heads, _medusa_init),
+  'eagle': _Kind(
+    eagle.TrainedDraft,
+    eagle.Form,
+    lambda form, lm: eagle.init(form, jax.random.key(0), lm.params),
+  ),
+  'draft model': _Kind(
+    draft_model.TrainedDraft,
+    draft_model.Form,
+    lambda form, lm: draft_model.init(form, lm.params),
+  ),
 }
 _FACTS = {'kind', 'form', 'trees', 'target', 'card'}
 _PACKAGE = pathlib.Path(str(importlib.resources.files('efficiency_jax')))
@@ -74,19 +119,27 @@ def save(
     card: What people should know: data, command, numbers, licence.
 
   Raises:
-    ValueError: A parameter is not finite in float16, the draft is for another
-      config, or the card holds something else than strings. The file is as it
-      was.
+    ValueError: A parameter is not finite in float16, or not one that the form
+      has for this target; the draft is for another config; one of its trees
+      has no fixed shape; or the card holds something else than strings. The
+      file is as it was.
   """
   form = {
     field.name: getattr(draft.form, field.name)
     for field in dataclasses.fields(draft.form)
   }
-  # An EAGLE draft's form has a target; the facts below say which.
+  # Where a form has a target, the facts below say which.
   if form.pop('target', lm.config) != lm.config:
     raise ValueError(
       f'the draft is for another config than that of {lm.name}: save it with'
       ' the model that it was trained for.'
+    )
+  known = _KINDS[kind(draft)]
+  problem = _mismatch(known, draft.form, draft.params, lm)
+  if problem:
+    raise ValueError(
+      f'{problem}: save the draft with the model that it was trained for, and'
+      ' with its own form.'
     )
   if not all(isinstance(x, str) for pair in card.items() for x in pair):
     raise ValueError(f'card must map strings to strings, got {dict(card)}.')
@@ -100,7 +153,7 @@ def save(
   facts = {
     'kind': kind(draft),
     'form': form,
-    'trees': [tree.parents for tree in draft.trees],
+    'trees': _parents(draft) if known.has_trees else [],
     'target': {
       'name': lm.name,
       'tokenizer': lm.tokenizer.fingerprint,
@@ -129,10 +182,8 @@ def load(path: str | os.PathLike[str], lm: LanguageModel) -> Draft:
     )
   _check_target(path, facts['target'], values.pop('target/embedding'), lm)
   with errors.as_format_error(path, 'making the draft', _REMEDY):
-    draft_class, form_class = _KINDS[facts['kind']]
-    form = facts['form']
-    if form_class is eagle.Form:
-      form['target'] = lm.config
+    known = _KINDS[facts['kind']]
+    form = _form(known, facts['form'], lm)
     vocabulary = values.pop('vocabulary', None)
     if vocabulary is not None:
       vocabulary = jnp.asarray(vocabulary)
@@ -140,17 +191,50 @@ def load(path: str | os.PathLike[str], lm: LanguageModel) -> Draft:
     params = traverse_util.unflatten_dict(
       {k: jnp.asarray(v, dtype) for k, v in values.items()}, sep='/'
     )
-    return draft_class(
-      form=form_class(**form),
-      params=params['params'],
-      vocabulary=vocabulary,
-      trees=tuple(token_tree.TokenTree(tuple(t)) for t in facts['trees']),
-    )
+    params = params['params']
+    problem = _mismatch(known, form, params, lm)
+    if problem:
+      raise errors.FileFormatError(path, problem, _REMEDY)
+    parts = {'form': form, 'params': params, 'vocabulary': vocabulary}
+    if known.has_trees:
+      parts['trees'] = tuple(
+        token_tree.TokenTree(tuple(t)) for t in facts['trees']
+      )
+    return known.draft(**parts)
 
 
 def kind(draft: Draft) -> str:
-  """The drafter that a draft is for: 'medusa' or 'eagle'."""
-  return 'eagle' if isinstance(draft, eagle.TrainedDraft) else 'medusa'
+  """The drafter that a draft is for: 'medusa', 'eagle' or 'draft model'."""
+  return next(n for n, k in _KINDS.items() if isinstance(draft, k.draft))
+
+
+def _form(known: _Kind, fields: dict[str, Any], lm: LanguageModel) -> Any:
+  """The form of a file, whose tuples became lists and whose target is `lm`."""
+  values = {
+    k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
+  }
+  if _has_field(known.form, 'target'):
+    values['target'] = lm.config
+  return known.form(**values)
+
+
+def _mismatch(
+  known: _Kind, form: Any, params: Params, lm: LanguageModel
+) -> str | None:
+  """What is wrong with the parameters of a form for this target, or None."""
+  needed = dict(trees.leaves(jax.eval_shape(lambda: known.init(form, lm))))
+  found = dict(trees.leaves(params))
+  for name in sorted(needed.keys() | found.keys()):
+    if name not in found:
+      return f'parameter {name} is missing'
+    if name not in needed:
+      return f'parameter {name} is not one of its form'
+    if found[name].shape != needed[name].shape:
+      return (
+        f'parameter {name} has shape {found[name].shape}, its form needs'
+        f' {needed[name].shape}'
+      )
+  return None
 
 
 def card(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -223,6 +307,15 @@ def _rows(lm: LanguageModel) -> np.ndarray:
 def _distance(here: np.ndarray, there: np.ndarray) -> float:
   there = there.astype(np.float32)
   return np.linalg.norm(here - there) / max(np.linalg.norm(there), 1e-30)
+
+
+def _parents(draft: Draft) -> list[tuple[int, ...]]:
+  if not all(isinstance(t, token_tree.TokenTree) for t in draft.trees):
+    raise ValueError(
+      'trees that grow are not saved: replace them with trees of a fixed shape,'
+      ' and set them again after loading.'
+    )
+  return [tree.parents for tree in draft.trees]
 
 
 def _half(name: str, leaf: jax.Array) -> np.ndarray:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficiency_jax.decoding import cost_table
+from efficiency_jax.decoding import draft_model
 from efficiency_jax.decoding import drafters
 from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import medusa
@@ -23,6 +24,7 @@ from efficiency_jax.decoding.prefill import slots_for
 from efficiency_jax.io.pretrained import LanguageModel
 from efficiency_jax.models import cache as kv_cache
 from efficiency_jax.models import transformer
+from efficiency_jax.types import Params
 
 DRAFTERS = (
   'plain',
@@ -32,6 +34,9 @@ DRAFTERS = (
   'medusa',
   'eagle',
 )
+
+# What is trained for one target, and drafts beside it.
+Heads = medusa.TrainedHeads | eagle.TrainedDraft | draft_model.TrainedDraft
 
 # Draft lengths that an adaptive generation compiles; 0 is plain decoding.
 ADAPTIVE_LENGTHS = (0, 1, 3, 7, 15)
@@ -63,7 +68,7 @@ def prepare(
   *,
   drafter: str = 'n-gram',
   draft: LanguageModel | None = None,
-  heads: medusa.TrainedHeads | eagle.TrainedDraft | None = None,
+  heads: Heads | None = None,
   exit_layers: int | None = None,
   draft_length: int | None = None,
   verifier: str | None = None,
@@ -77,8 +82,8 @@ def prepare(
     drafter: 'plain', 'n-gram', 'early exit', 'draft model', 'medusa' or
       'eagle'.
     draft: The model of 'draft model'; must have the target's tokenizer.
-    heads: What was trained on this target's hidden states: the heads of
-      'medusa', or the draft of 'eagle'.
+    heads: What was trained for this target: the heads of 'medusa', the draft
+      of 'eagle', or that of 'draft model' in place of `draft`.
     exit_layers: Layers that 'early exit' runs; a third of them if None.
     draft_length: Tokens a draft; None adapts it from round to round. With
       'plain' it widens the target's pass without drafting, which makes its
@@ -111,7 +116,7 @@ def prepare(
       " 'coupled'."
     )
   lengths = ADAPTIVE_LENGTHS if draft_length is None else (draft_length,)
-  prior = (0.5,)
+  prior, own = (0.5,), None
   if drafter == 'plain':
     lengths = (draft_length or 0,)
     chosen = drafters.Nothing()
@@ -123,24 +128,21 @@ def prepare(
     shallow = lm.config.truncated(layers)
     chosen = drafters.EarlyExit(apply=transformer.apply_fn(shallow))
   elif drafter == 'medusa':
-    chosen = _medusa(lm, heads)
+    chosen, own = _medusa(lm, heads), heads.weights
     if draft_length is None:
       lengths = (0, *sorted(len(tree) - 1 for tree in heads.trees))
   elif drafter == 'eagle':
-    chosen = _eagle(lm, heads)
+    chosen, own = _eagle(lm, heads), heads.weights
     if draft_length is None and trees:
       lengths = (0, *sorted(len(tree) - 1 for tree in trees))
   else:
-    chosen = _draft_model(lm, draft)
+    chosen, own = _draft_model(lm, draft, heads)
   decoder = speculative.Decoder(
     apply=transformer.apply_fn(lm.config),
     drafter=chosen,
     verifier=verifiers.named(verifier),
     schedule=schedule_lib.Schedule(lengths=lengths, prior=prior),
   )
-  own = draft.params if draft else None
-  if drafter in ('medusa', 'eagle'):
-    own = heads.weights
   weights = drafters.Weights(lm.params, own)
   return Engine(
     lm=lm,
@@ -165,35 +167,57 @@ def _medusa(
     heads=heads.form,
     output_head=transformer.head_fn(lm.config),
     trees=heads.trees,
+    least_chance=heads.least_chance,
   )
 
 
 def _eagle(lm: LanguageModel, draft: eagle.TrainedDraft | None) -> eagle.Eagle:
   if not isinstance(draft, eagle.TrainedDraft):
     raise ValueError("drafter 'eagle' needs heads=, a draft for the target.")
-  if draft.form.target != lm.config:
-    raise ValueError(
-      f'the draft is for another config than that of {lm.name}: take one'
-      ' trained for it.'
-    )
+  _check_target(lm, draft)
   return eagle.Eagle(form=draft.form, trees=draft.trees)
 
 
 def _draft_model(
-  lm: LanguageModel, draft: LanguageModel | None
-) -> drafters.DraftModel:
-  if draft is None:
-    raise ValueError("drafter 'draft model' needs draft=, a loaded model.")
+  lm: LanguageModel,
+  draft: LanguageModel | None,
+  trained: draft_model.TrainedDraft | None,
+) -> tuple[drafters.DraftModel, Params]:
+  """The drafter and its weights, of a whole model or of a cut of the target."""
+  if draft is None and isinstance(trained, draft_model.TrainedDraft):
+    _check_target(lm, trained)
+    form = trained.form
+    chosen = drafters.DraftModel(
+      apply=draft_model.apply_fn(form),
+      init_cache=kv_cache.initializer(form.config, _dtype(lm)),
+    )
+    return chosen, trained.weights(lm.params)
+  if draft is None or trained is not None:
+    raise ValueError(
+      "drafter 'draft model' needs draft=, a loaded model, or else heads=, a"
+      ' draft model trained for the target.'
+    )
   same = draft.tokenizer.fingerprint == lm.tokenizer.fingerprint
   if not same or draft.config.vocab_size != lm.config.vocab_size:
     raise ValueError(
       f'draft {draft.name} and target {lm.name} have different tokenizers:'
       ' take a draft of the same family.'
     )
-  return drafters.DraftModel(
+  chosen = drafters.DraftModel(
     apply=transformer.apply_fn(draft.config),
     init_cache=kv_cache.initializer(draft.config, _dtype(draft)),
   )
+  return chosen, draft.params
+
+
+def _check_target(
+  lm: LanguageModel, draft: eagle.TrainedDraft | draft_model.TrainedDraft
+) -> None:
+  if draft.form.target != lm.config:
+    raise ValueError(
+      f'the draft is for another config than that of {lm.name}: take one'
+      ' trained for it.'
+    )
 
 
 def start(

@@ -4,7 +4,9 @@ Weight techniques put typed leaves where an array was; a model calls `linear`
 and `logits_from_table` and never looks inside.
 """
 
+import dataclasses
 import functools
+from typing import TypeAlias
 
 import jax
 from jax import lax
@@ -13,13 +15,30 @@ import jax.numpy as jnp
 from pallas_kernels.narrow_matmul.api import narrow_matmul
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraTensor:
+  """A frozen kernel W and a trained correction: W + scale A B.
+
+  `adaptation.lora` makes them (arXiv 2106.09685). No gradient reaches W.
+  """
+
+  base: 'Kernel'  # [I, O], W
+  a: jax.Array  # [I, r]
+  b: jax.Array  # [r, O]
+  scale: float = dataclasses.field(metadata={'static': True})
+
+
+Kernel: TypeAlias = jax.Array | LoraTensor
+
+
 def linear(
   x: jax.Array,  # [..., I]
-  kernel: jax.Array,  # [I, O]
+  kernel: Kernel,  # [I, O]
   bias: jax.Array | None = None,  # [O]
 ) -> jax.Array:
   """Returns `x @ kernel + bias` in the dtype of `x`, summed in float32."""
-  y = _dot(x, kernel, contract=0)
+  y = _opened(x, kernel)
   if bias is not None:
     bias = jnp.expand_dims(bias.astype(jnp.float32), range(y.ndim - 1))
     y = y + bias
@@ -37,6 +56,15 @@ def logits_from_table(
 def embed(tokens: jax.Array, table: jax.Array) -> jax.Array:
   """Rows of `table` [V, D] for `tokens` [...]: [..., D]."""
   return jnp.take(table, tokens, axis=0, mode='clip')
+
+
+def _opened(x: jax.Array, kernel: Kernel) -> jax.Array:
+  """`x @ kernel` in float32, whatever kind of leaf the kernel is."""
+  if isinstance(kernel, LoraTensor):
+    down = _dot(x, kernel.a, contract=0).astype(x.dtype)
+    correction = kernel.scale * _dot(down, kernel.b, contract=0)
+    return _opened(x, lax.stop_gradient(kernel.base)) + correction
+  return _dot(x, kernel, contract=0)
 
 
 # Parts of the inner axis that a one-row product is summed from on a CPU.

@@ -62,6 +62,27 @@ def texts(workdir: str | pathlib.Path, split: str) -> list[np.ndarray]:
   ]
 
 
+def load_splits(
+  lm: pretrained.LanguageModel, workdir: str | pathlib.Path
+) -> dict[str, dict[str, np.ndarray]]:
+  """`training_arrays` of the splits 'train' and 'validation'.
+
+  Raises:
+    ValueError: There are none, or they are answers of another model than `lm`.
+  """
+  splits = {
+    split: training_arrays(load(workdir, split))
+    for split in ('train', 'validation')
+  }
+  width = splits['train']['hidden'].shape[-1]
+  if width != lm.config.width:
+    raise ValueError(
+      f'--config.answers={workdir} holds states of width {width}, those of'
+      f' {lm.name} have {lm.config.width}: take the answers of this model.'
+    )
+  return splits
+
+
 def for_drafts(
   lm: pretrained.LanguageModel, config: ml_collections.ConfigDict
 ) -> tuple[dict[str, dict[str, np.ndarray]], np.ndarray | None]:
@@ -76,16 +97,7 @@ def for_drafts(
     `training_arrays` of 'train' and 'validation', the latter with `coverage`,
     and the vocabulary [R] or None.
   """
-  splits = {
-    split: training_arrays(load(config.answers, split))
-    for split in ('train', 'validation')
-  }
-  width = splits['train']['hidden'].shape[-1]
-  if width != lm.config.width:
-    raise ValueError(
-      f'--config.answers={config.answers} holds states of width {width}, those'
-      f' of {lm.name} have {lm.config.width}: take the answers of this model.'
-    )
+  splits = load_splits(lm, config.answers)
   if not config.vocabulary:
     return splits, None
   vocabulary = draft_vocabulary.by_frequency(
@@ -105,6 +117,20 @@ def counts(
   """How often each token stands in the answers of a split: [V] int64."""
   return np.bincount(
     np.concatenate(texts(workdir, split)), minlength=vocab_size
+  )
+
+
+def states(lm: pretrained.LanguageModel, tokens: np.ndarray) -> np.ndarray:
+  """States of a model after the final norm: [R, N, D] float32.
+
+  Args:
+    lm: The model.
+    tokens: [R, N] int32, texts from their beginning.
+  """
+  apply = transformer.apply_fn(lm.config)
+  of_row = jax.jit(lambda params, row: apply(params, row)[0].hidden)
+  return np.concatenate(
+    [np.asarray(of_row(lm.params, row[None])) for row in tokens]
   )
 
 

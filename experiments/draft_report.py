@@ -9,8 +9,6 @@ import numpy as np
 
 from efficiency_jax import drafts
 from efficiency_jax import trees as efficiency_trees
-from efficiency_jax.decoding import eagle
-from efficiency_jax.decoding import medusa
 from efficiency_jax.io import pretrained
 from experiments import calibration
 from experiments import display
@@ -35,8 +33,9 @@ def write(
   trees: Sequence[Mapping[str, Any]],
   name: str,
   arrays: Mapping[str, np.ndarray],
-  draft: medusa.TrainedHeads | eagle.TrainedDraft,
+  draft: drafts.Draft,
   lm: pretrained.LanguageModel,
+  about: Mapping[str, str] | None = None,
 ) -> None:
   """Writes the draft's file, results, report and figure.
 
@@ -49,10 +48,13 @@ def write(
     arrays: What was trained on.
     draft: What was trained.
     lm: Its target.
+    about: What else card and report should say, by the name of the fact.
   """
+  about = dict(about or {})
   rows = guesses(result.validation, np.concatenate(halves), name)
   path = workdir.path / 'draft.safetensors'
-  drafts.save(path, draft, lm=lm, card=card(workdir, result, rows, arrays))
+  facts = card(workdir, result, rows, arrays)
+  drafts.save(path, draft, lm=lm, card={**facts, **about})
   workdir.write_results([*rows, *trees])
   shown = display.table(rows, COLUMNS)
   shapes = display.table(trees, calibration.COLUMNS)
@@ -60,13 +62,14 @@ def write(
   shapes.show()
   image = workdir.save_figure(figures.training(result.history), 'training')
   minutes = training_run.seconds(result) / 60
+  said = ''.join(f'- {name}: {fact}\n' for name, fact in about.items())
   workdir.write_report(
     f'{shown.markdown()}\n\nOn {sum(map(len, halves)):,} positions of held-out'
     f' answers; {steps(result)} steps in {minutes:.1f} minutes;'
     f' {efficiency_trees.count_parameters(result.params):,} parameters,'
     f' {path.stat().st_size / 1e6:.1f} MB. A chain sampled at temperature 1'
     f' would give {result.validation["tokens_per_run"]:.3f} tokens a run.\n\n'
-    f'{shapes.markdown()}\n\n![training]({image.name})\n'
+    f'{said}\n{shapes.markdown()}\n\n![training]({image.name})\n'
   )
 
 

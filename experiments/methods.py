@@ -6,23 +6,35 @@ import pathlib
 
 from efficiency_jax import drafts
 from efficiency_jax import engine as engine_lib
+from efficiency_jax.decoding import dynamic_tree
 from efficiency_jax.decoding import token_tree
 from efficiency_jax.evaluation import decoding
 from efficiency_jax.io import pretrained
 from efficiency_jax.models import layers
 
+# Which script trains the drafts of a drafter.
+_SCRIPTS = {
+  'medusa': 'train_medusa',
+  'eagle': 'train_draft',
+  'draft model': 'distill_draft',
+}
+
+
+def _grown(nodes: int) -> tuple[dynamic_tree.Growth, ...]:
+  return (dynamic_tree.Growth(nodes=nodes, expand=4, height=min(nodes, 5)),)
+
+
+# Trees in place of those that a draft comes with.
+_SHAPED = {
+  ('medusa', 'chain'): lambda length: (token_tree.chain(length),),
+  ('eagle', 'chain'): lambda length: (),
+  ('eagle', 'dynamic'): _grown,
+}
+
 
 def build(lm, config) -> list[decoding.Method]:
   """The methods that `config.methods` names; plain is always the first."""
   greedy = config.sampling.temperature == 0
-  kept = range(0, lm.config.num_layers, config.draft_every)
-  shallow, params = layers.select(lm.config, lm.params, kept)
-  draft = pretrained.LanguageModel(
-    name=f'{lm.name}, every {config.draft_every}th layer',
-    config=shallow,
-    params=params,
-    tokenizer=lm.tokenizer,
-  )
   chosen = [
     decoding.Method(
       name='plain',
@@ -39,26 +51,26 @@ def build(lm, config) -> list[decoding.Method]:
   for name in config.methods:
     kind, _, length = name.partition(', ')
     drafter, _, verifier = kind.partition('/')
-    drafter, _, _ = drafter.partition(' chain')
+    drafter, shape = _shape(drafter)
     if length and not length.isdigit():
       raise ValueError(
         f"methods are 'drafter', 'drafter/verifier' or either with ', LENGTH':"
         f' {name!r} is none of them.'
       )
-    heads = trained(drafter) if drafter in ('medusa', 'eagle') else None
-    if name.startswith(f'{drafter} chain'):
-      if heads is None or not length:
-        raise ValueError(
-          f"{name!r}: chains are 'medusa chain, LENGTH' or 'eagle chain,"
-          " LENGTH'."
-        )
-      shapes = (token_tree.chain(int(length)),) if drafter == 'medusa' else ()
-      heads = dataclasses.replace(heads, trees=shapes)
+    heads = trained(drafter) if drafter in _SCRIPTS else None
+    untrained = drafter == 'draft model' and heads is None
+    if shape:
+      if (drafter, shape) not in _SHAPED or not length:
+        shaped = ', '.join(map(' '.join, _SHAPED))
+        raise ValueError(f'{name!r}: with a length there are {shaped}.')
+      heads = dataclasses.replace(
+        heads, trees=_SHAPED[drafter, shape](int(length))
+      )
     engine = engine_lib.prepare(
       lm,
       drafter=drafter,
       heads=heads,
-      draft=draft if drafter == 'draft model' else None,
+      draft=_cut(lm, config.draft_every) if untrained else None,
       exit_layers=config.exit_layers if drafter == 'early exit' else None,
       draft_length=int(length) if length else None,
       verifier=verifier or None,
@@ -75,22 +87,47 @@ def build(lm, config) -> list[decoding.Method]:
   return chosen
 
 
-def _trained(lm, config, kind: str) -> drafts.Draft:
-  """The trained draft that `config.trained` names: a shipped one, or a file."""
-  name = config.trained.get(kind, '')
+def _shape(drafter: str) -> tuple[str, str]:
+  """'eagle chain' is the drafter 'eagle' with the shape 'chain'."""
+  for shape in ('chain', 'dynamic'):
+    if drafter.endswith(f' {shape}'):
+      return drafter.removesuffix(f' {shape}'), shape
+  return drafter, ''
+
+
+def _cut(lm, every: int) -> pretrained.LanguageModel:
+  """Every n-th layer of the target, as it is: an untrained draft model."""
+  kept = range(0, lm.config.num_layers, every)
+  config, params = layers.select(lm.config, lm.params, kept)
+  return pretrained.LanguageModel(
+    name=f'{lm.name}, every {every}th layer',
+    config=config,
+    params=params,
+    tokenizer=lm.tokenizer,
+  )
+
+
+def _trained(lm, config, kind: str) -> drafts.Draft | None:
+  """The trained draft that `config.trained` names: a shipped one, or a file.
+
+  None if it names none and there is an untrained draft model to take.
+  """
+  flag = kind.replace(' ', '_')
+  name = config.trained.get(flag, '')
+  if not name and kind == 'draft model':
+    return None
   if not name:
-    script = {'eagle': 'train_draft', 'medusa': 'train_medusa'}[kind]
     raise ValueError(
-      f'method {kind!r} needs --config.trained.{kind}: the name of a shipped'
-      f' draft, or a file that {script} made.'
+      f'method {kind!r} needs --config.trained.{flag}: the name of a shipped'
+      f' draft, or a file that {_SCRIPTS[kind]} made.'
     )
   is_file = name.endswith('.safetensors')
   if is_file and not pathlib.Path(name).is_file():
-    raise ValueError(f'--config.trained.{kind}={name}: there is no such file.')
+    raise ValueError(f'--config.trained.{flag}={name}: there is no such file.')
   draft = drafts.load(name if is_file else drafts.shipped(name), lm)
   wanted = drafts.kind(draft)
   if wanted != kind:
     raise ValueError(
-      f'--config.trained.{kind}={name} is a draft for {wanted!r}.'
+      f'--config.trained.{flag}={name} is a draft for {wanted!r}.'
     )
   return draft

@@ -8,7 +8,6 @@ heads see. The run leaves `draft.safetensors`, which `decode` reads, with trees
 of the best shapes; its table says how often each head guesses right.
 """
 
-import functools
 import sys
 
 import jax
@@ -16,12 +15,11 @@ import ml_collections
 
 from efficiency_jax.decoding import draft_vocabulary
 from efficiency_jax.decoding import medusa
-from efficiency_jax.decoding import medusa_training
 from efficiency_jax.models import transformer
 from efficiency_jax.training import objectives
 from experiments import answer_files
-from experiments import calibration
 from experiments import draft_report
+from experiments import head_trees
 from experiments import inputs
 from experiments import launch
 from experiments import training_run
@@ -35,11 +33,12 @@ def experiment(
   lm = inputs.load_model(config)
   splits, vocabulary = answer_files.for_drafts(lm, config)
   form = medusa.Heads(vocabulary=config.vocabulary or None, **config.heads)
+  if form.confidence and vocabulary is not None:
+    # What is outside the vocabulary is lost, which confidence has to learn.
+    train = splits['train']
+    train['coverage'] = answer_files.coverage(lm, train['hidden'], vocabulary)
   frozen = objectives.frozen(lm.params, vocabulary)
   output_head = transformer.head_fn(lm.config)
-  table = frozen['target']
-  if vocabulary is not None:
-    table = draft_vocabulary.head(table, vocabulary)
   result = training_run.train(
     config.training,
     workdir,
@@ -48,7 +47,7 @@ def experiment(
       jax.random.key(config.seed),
       lm.config.width,
       lm.config.vocab_size,
-      table,
+      draft_vocabulary.head(frozen['target'], vocabulary),
     ),
     frozen=frozen,
     loss=objectives.heads(
@@ -61,21 +60,8 @@ def experiment(
     held_out=splits['validation'],
     seed=config.seed,
   )
-  ranks = functools.partial(
-    medusa_training.ranks,
-    form,
-    output_head,
-    result.params,
-    frozen['target'],
-    vocabulary=frozen.get('vocabulary'),
-    most=config.tree_choices,
-  )
-  found = calibration.places(ranks, splits['validation'], config.training.batch)
-  shapes, shown = calibration.trees(
-    found, config.tree_nodes, config.tree_choices
-  )
-  heads = medusa.TrainedHeads(
-    form=form, params=result.params, vocabulary=vocabulary, trees=shapes
+  heads, found, shown = head_trees.calibrated(
+    lm, form, result.params, splits['validation'], vocabulary, config
   )
   draft_report.write(
     workdir, result, found, shown, 'head', splits['train'], heads, lm

@@ -72,12 +72,14 @@ def table(target: Params) -> jax.Array:
   return target[_name(target)]['table']
 
 
-def head(target: Params, vocabulary: jax.Array) -> Params:
-  """The parameters of the target's output head, for fewer tokens.
+def head(target: Params, vocabulary: jax.Array | None = None) -> Params:
+  """The parameters of the target's output head alone, or for fewer tokens.
 
   `transformer.head_fn` reads them as it reads the target's own, and gives
-  logits [..., R].
+  logits [..., V], or [..., R] of a vocabulary [R].
   """
+  if vocabulary is None:
+    return {_name(target): target[_name(target)]}
   return {_name(target): {'table': sub_table(table(target), vocabulary)}}
 
 

@@ -22,6 +22,13 @@ with e_y the target's embedding of y; U is one for all heads and begins as
 zeros. Then the tree is filled level by level, but W_k x_k is still computed
 once.
 
+A head may also say how much it trusts its guess, the chance that the target
+would keep one that is sampled from p_k (the confidence head of DSpark):
+
+    c_k = sigmoid(w_k [x_k; P e_y] + b_k)
+
+which may end a chain early.
+
 The target reads the whole tree in one pass.
 """
 
@@ -60,6 +67,7 @@ class Heads:
     vocabulary: R, tokens that they may guess; None is all. Which ones says
       `vocabulary` [R] among the parameters that a drafter is given.
     markov: Rank of the bias by the token before a guess; 0 is none.
+    confidence: Whether each head says how likely its guess is to be kept.
   """
 
   count: int = 4
@@ -68,6 +76,7 @@ class Heads:
   rank: int = 0
   vocabulary: int | None = None
   markov: int = 0
+  confidence: bool = False
 
   def __post_init__(self):
     if self.count < 1 or self.blocks < 1 or min(self.rank, self.markov) < 0:
@@ -119,6 +128,11 @@ def init(
       one['output'] = jax.tree.map(jnp.array, table)
     if heads.rank:
       one |= _factors(jax.random.fold_in(key, k), width, heads.rank, size)
+    if heads.confidence:
+      one['confidence'] = {
+        'kernel': jnp.zeros((width + heads.markov, 1)),
+        'bias': jnp.zeros((1,)),
+      }
     params[f'head_{k}'] = one
   if heads.markov:
     last = jax.random.fold_in(key, heads.count)
@@ -152,19 +166,9 @@ def logits(
   Raises:
     ValueError: `previous` is missing, or the heads have no use for it.
   """
-  if (previous is None) != (heads.markov == 0):
-    raise ValueError(
-      'previous must be given if and only if markov > 0, got'
-      f' {"none" if previous is None else "some"} with markov {heads.markov}.'
-    )
+  _check_previous(heads, previous)
   own = [params[f'head_{k}'] for k in range(heads.count)]
-
-  def blocks(x, one):
-    for i in range(heads.blocks):
-      x = x + jax.nn.silu(linear(x, one[f'block_{i}']['kernel']))
-    return x
-
-  states = jnp.stack([blocks(hidden, one) for one in own], axis=-2)
+  states = _states(heads, params, hidden)
   if heads.own:
     scores = [
       output_head(one['output'], states[..., k, :]) for k, one in enumerate(own)
@@ -183,9 +187,64 @@ def logits(
   return scores
 
 
+def confidence(
+  heads: Heads,
+  params: Params,
+  hidden: jax.Array,  # [..., D]
+  previous: jax.Array | None = None,  # [..., K, D]
+) -> jax.Array:
+  """How likely each head's guess is to be kept, as logits: [..., K] float32.
+
+  Args:
+    heads: The form, with `confidence`.
+    params: Of the heads.
+    hidden: States of the target.
+    previous: As for `logits`. A guess is judged before it is known, by the
+      tokens before it alone.
+
+  Raises:
+    ValueError: `previous` is missing, or the heads have no use for it.
+  """
+  _check_previous(heads, previous)
+  seen = _states(heads, params, hidden)
+  if previous is not None:
+    token = linear(previous, params['markov']['down']['kernel'])
+    seen = jnp.concatenate([seen, token], axis=-1)
+  # Heads learn to guess as they would if nothing were asked of them here.
+  seen = lax.stop_gradient(seen)
+  judges = [params[f'head_{k}']['confidence'] for k in range(heads.count)]
+  return jnp.concatenate(
+    [
+      linear(seen[..., k, :], one['kernel'], one['bias']).astype(jnp.float32)
+      for k, one in enumerate(judges)
+    ],
+    axis=-1,
+  )
+
+
 def markov_bias(params: Params, previous: jax.Array) -> jax.Array:
   """U P e_y for embeddings e_y [..., D]: what to add to logits [..., R]."""
   return _through(previous, params['markov'])
+
+
+def _check_previous(heads: Heads, previous: jax.Array | None) -> None:
+  if (previous is None) != (heads.markov == 0):
+    raise ValueError(
+      'previous must be given if and only if markov > 0, got'
+      f' {"none" if previous is None else "some"} with markov {heads.markov}.'
+    )
+
+
+def _states(heads: Heads, params: Params, hidden: jax.Array) -> jax.Array:
+  """x_k of every head: [..., K, D]."""
+
+  def blocks(x, one):
+    for i in range(heads.blocks):
+      x = x + jax.nn.silu(linear(x, one[f'block_{i}']['kernel']))
+    return x
+
+  own = [params[f'head_{k}'] for k in range(heads.count)]
+  return jnp.stack([blocks(hidden, one) for one in own], axis=-2)
 
 
 def _factors(key: jax.Array, width: int, rank: int, size: int) -> Params:
@@ -211,12 +270,14 @@ class TrainedHeads:
     params: Their parameters.
     vocabulary: [R] tokens that they may guess, if the form has a vocabulary.
     trees: Shapes of drafts to choose from, each of another size.
+    least_chance: See `Medusa`.
   """
 
   form: Heads
   params: Params
   vocabulary: jax.Array | None = None
   trees: tuple[TokenTree, ...]
+  least_chance: float = 0.0
 
   def __post_init__(self):
     size = None if self.vocabulary is None else len(self.vocabulary)
@@ -254,11 +315,15 @@ class Medusa:
     heads: Form of the heads, whose parameters are the draft's.
     output_head: The target's head, on the target's parameters.
     trees: Shapes of drafts; a draft of n tokens has the tree of n + 1 nodes.
+    least_chance: A chain ends before the first guess that is less likely than
+      this to be reached and kept, as the heads with `confidence` see it; the
+      tokens beyond are not put forward. Trees are whole.
   """
 
   heads: Heads
   output_head: OutputHead
   trees: tuple[TokenTree, ...]
+  least_chance: float = 0.0
   name: str = 'medusa'
   num_kinds: int = 1
   needs_features: bool = True
@@ -267,6 +332,11 @@ class Medusa:
     sizes = [len(tree) for tree in self.trees]
     if not sizes or len(set(sizes)) < len(sizes):
       raise ValueError(f'trees must differ in size, got sizes {sizes}.')
+    if self.least_chance and not self.heads.confidence:
+      raise ValueError(
+        f'least_chance {self.least_chance} needs heads with confidence: train'
+        ' such, or leave it at 0.'
+      )
     for tree in self.trees:
       if tree.height > self.heads.count:
         raise ValueError(
@@ -315,6 +385,8 @@ class Medusa:
       best = self._best(weights, scores, tree.rank)  # [B, height, most]
       tokens = best[:, tree.depth[1:] - 1, tree.rank[1:]]
     count = jnp.full(tokens.shape[:1], length, jnp.int32)
+    if self.least_chance and tree.is_chain:
+      count = self._trusted(weights, state, context, tokens)
     return Proposal(tokens, count, None), state, cache
 
   def observe(self, state, context, longest, features):
@@ -333,16 +405,29 @@ class Medusa:
       best = jnp.take(weights.draft['vocabulary'], best)
     return best.astype(jnp.int32)
 
+  def _trusted(self, weights, state, context, tokens: jax.Array) -> jax.Array:
+    """How many tokens of a chain [B, G] are likely enough: [B] int32.
+
+    Whether a token counts is decided by those before it, never by itself: a
+    drafter that put forward what it liked of its own samples would change the
+    text.
+    """
+    asked = dataclasses.replace(self.heads, count=tokens.shape[1])
+    previous = None
+    if asked.markov:
+      before = jnp.concatenate([_last(context), tokens[:, :-1]], axis=1)
+      previous = embed(before, weights.target['embedding']['table'])
+    trust = confidence(asked, weights.draft, state.hidden, previous)
+    reached = jnp.cumprod(jax.nn.sigmoid(trust), axis=-1)
+    return jnp.sum(reached >= self.least_chance, axis=-1, dtype=jnp.int32)
+
   def _level_by_level(self, weights, scores, context, tree) -> jax.Array:
     """Guesses that know the token before them: [B, N - 1].
 
     `scores` [B, height, R] are those of the heads, which do not.
     """
     table = weights.target['embedding']['table']
-    root = jnp.take_along_axis(
-      context.tokens, context.length[:, None] - 1, axis=1
-    )
-    tokens = jnp.pad(root, ((0, 0), (0, len(tree) - 1)))
+    tokens = jnp.pad(_last(context), ((0, 0), (0, len(tree) - 1)))
     for depth in range(1, tree.height + 1):
       born = np.flatnonzero(tree.depth == depth)
       parents, of = np.unique(
@@ -353,3 +438,10 @@ class Medusa:
       best = self._best(weights, biased, tree.rank[born])  # [B, parents, most]
       tokens = tokens.at[:, born].set(best[:, of, tree.rank[born]])
     return tokens[:, 1:]
+
+
+def _last(context: drafters.Context) -> jax.Array:
+  """The last committed token of each row: [B, 1] int32."""
+  return jnp.take_along_axis(
+    context.tokens, context.length[:, None] - 1, axis=1
+  )

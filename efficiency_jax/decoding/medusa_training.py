@@ -6,8 +6,16 @@ section 2.2):
     loss = sum_k 0.8^k loss_k,      loss_k = CE(token t + 1 + k, q_k)
 
 or, in place of the token, the target's own distribution there, which is what
-its head makes of h_{t+k}. The target itself is not trained (Medusa-1), so the
-states may have been computed once and kept.
+its head makes of h_{t+k}. Where the target itself is not trained (Medusa-1),
+the states may have been computed once and kept. Medusa-2 trains both: gradients
+then flow through the states into the target, whose own loss is `mixed` of its
+next tokens (`training.objectives.joint`).
+
+A guess sampled from q_k is kept with the chance 1 - TV(p, q_k). It is measured
+everywhere (`alpha`, `tokens_per_run`), and heads with confidence learn to
+foresee it by binary cross entropy (DSpark, arXiv 2607.05147). Of the
+probability outside a reduced vocabulary nothing can be kept: a batch that says
+how much of it lies inside (`coverage`) has it counted as lost.
 
 A guess is learnt where the text up to it is: `loss_mask` weighs the positions
 whose next token is to be learnt, and head k at position t has the weight of
@@ -31,6 +39,9 @@ from efficiency_jax.types import Params
 TOKEN = 'token'
 DECAY = 0.8
 
+# Pairs of 'token', or a name in `distillation.losses`, and a weight.
+Objectives = tuple[tuple[str, float], ...]
+
 
 def loss(
   form: medusa.Heads,
@@ -40,68 +51,104 @@ def loss(
   batch: Mapping[str, jax.Array],
   *,
   vocabulary: jax.Array | None = None,
-  objectives: tuple[tuple[str, float], ...] = ((TOKEN, 1.0),),
+  objectives: Objectives = ((TOKEN, 1.0),),
   decay: float = DECAY,
+  into_states: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Weighted losses of all heads, and how well each of them guesses.
 
   Args:
     form: Of the heads.
     output_head: The target's head, on the parameters `target`.
-    params: Of the heads; the only argument that gradients flow into.
-    target: What `output_head` and the heads read of the target.
+    params: Of the heads.
+    target: What `output_head` and the heads read of the target; no gradient
+      flows into it.
     batch: `tokens` [B, T] int32; `hidden` [B, T, D], the target's states after
       the final norm; `loss_mask` [B, T], weights of the positions whose *next*
-      token is to be learnt.
+      token is to be learnt; perhaps `coverage` [B, T], the probability that the
+      target gives the vocabulary at each position's next token, 1 if absent.
     vocabulary: [R] int32, the tokens that the heads may guess, if the form has
       a vocabulary. Other tokens of the text teach nothing and count as wrong
       guesses.
-    objectives: Pairs of 'token', or a name in `distillation.losses`, and a
-      weight. Those are between the target's distribution, renormalized over the
-      vocabulary, and the head's.
+    objectives: Of each head, see `mixed`; the target's distribution is
+      renormalized over the vocabulary.
     decay: Weight of a head over that of the one before.
+    into_states: Whether gradients of the heads' guesses flow into `hidden`; the
+      target's own distribution never moves towards them.
 
   Returns:
     The loss [] and metrics, each [K] but the last: `loss`, `top1` and `top5`
     (how often the right token is the best guess, or one of the best five),
-    `alpha` (the mean of sum_v min(p_v, q_v) inside the vocabulary), and
-    `tokens_per_run` [], what a chain of sampled guesses would give if steps
-    were independent: 1 + sum_k alpha_1 ... alpha_k.
+    `alpha`, the mean of 1 - TV = sum_v min(p_v, q_v), with confidence
+    `confidence_error`, its mean distance from that, and `tokens_per_run` [],
+    what a chain of sampled guesses would give: the mean over the positions of
+    1 + sum_k a_1 ... a_k, with a_k the 1 - TV of head k there.
 
   Raises:
     ValueError: `vocabulary` is not what the form says.
   """
-  target, hidden = lax.stop_gradient((target, batch['hidden']))
-  batch = {**batch, 'hidden': hidden}
+  target, states = lax.stop_gradient((target, batch['hidden']))
+  batch = {**batch, 'hidden': batch['hidden'] if into_states else states}
   head, columns = _reduced(form, target, batch['tokens'], vocabulary)
-  teacher = output_head(head, hidden)
+  teacher = output_head(head, states)
   scores = _scores(form, output_head, params, target, head, batch)
+  trust = _trust(form, params, target, states, batch['tokens'])
+  coverage = batch.get('coverage', jnp.ones(columns.shape))
   masks = _masks(batch['loss_mask'], form.count)
-  total, rows = 0.0, []
+  total, rows, reached = 0.0, [], 1.0
   for k, mask in enumerate(masks, 1):
     q = scores[..., k - 1, :]
     p = _later(teacher, k)
     label = _later(columns, k + 1)
-    value = 0.0
-    for name, weight in objectives:
-      if name == TOKEN:
-        value += weight * _token_loss(q, label, mask)
-      else:
-        value += weight * losses.named(name)(p, q, mask)
-    total += decay**k * value
+    kept = lax.stop_gradient(_kept(p, q, _later(coverage, k)))
+    reached = reached * kept
+    value = mixed(objectives, p, q, label, mask)
     _, best = lax.top_k(q, min(5, q.shape[-1]))
     right = best == label[..., None]
-    rows.append(
-      {
-        'loss': value,
-        'top1': losses.mean(right[..., 0].astype(jnp.float32), mask),
-        'top5': losses.mean(right.any(-1).astype(jnp.float32), mask),
-        'alpha': losses.acceptance(p, q, mask),
-      }
-    )
+    row = {
+      'loss': value,
+      'top1': losses.mean(right[..., 0].astype(jnp.float32), mask),
+      'top5': losses.mean(right.any(-1).astype(jnp.float32), mask),
+      'alpha': losses.mean(kept, mask),
+      'reached': losses.mean(reached, mask),
+    }
+    if trust is not None:
+      own = trust[..., k - 1]
+      # -a log c - (1 - a) log(1 - c) for c = sigmoid(own).
+      value += losses.mean(jax.nn.softplus(own) - kept * own, mask)
+      error = jnp.abs(jax.nn.sigmoid(own) - kept)
+      row['confidence_error'] = losses.mean(error, mask)
+    total += decay**k * value
+    rows.append(row)
   metrics = jax.tree.map(lambda *x: lax.stop_gradient(jnp.stack(x)), *rows)
-  metrics['tokens_per_run'] = 1.0 + jnp.cumprod(metrics['alpha']).sum()
+  metrics['tokens_per_run'] = 1.0 + metrics.pop('reached').sum()
   return total, metrics
+
+
+def mixed(
+  objectives: Objectives,
+  teacher: jax.Array,  # [B, T, V]
+  student: jax.Array,  # [B, T, V]
+  label: jax.Array,  # [B, T] int32
+  mask: jax.Array,  # [B, T]
+) -> jax.Array:
+  """A weighted sum of losses between teacher, text and student: [].
+
+  Args:
+    objectives: Pairs of 'token', the cross entropy of the text's token, or a
+      name in `distillation.losses`, and a weight.
+    teacher: Logits of p.
+    student: Logits of q.
+    label: The token of the text; one of V or more teaches 'token' nothing.
+    mask: Weights of the positions.
+  """
+  value = jnp.float32(0)
+  for name, weight in objectives:
+    if name == TOKEN:
+      value += weight * _token_loss(student, label, mask)
+    else:
+      value += weight * losses.named(name)(teacher, student, mask)
+  return value
 
 
 def ranks(
@@ -153,13 +200,32 @@ def _reduced(form, target, tokens, vocabulary) -> tuple[Params, jax.Array]:
 
 def _scores(form, output_head, params, target, head, batch) -> jax.Array:
   """Logits of the heads along the text: [B, T, K, R]."""
-  previous = None
-  if form.markov:
-    before = _stacked(batch['tokens'], form.count, first=1)
-    previous = embed(before, target['embedding']['table'])
+  previous = _previous(form, target, batch['tokens'])
   return medusa.logits(
     form, params, batch['hidden'], output_head, head, previous
   )
+
+
+def _trust(form, params, target, hidden, tokens) -> jax.Array | None:
+  """Confidence of the heads along the text, as logits: [B, T, K]."""
+  if not form.confidence:
+    return None
+  previous = _previous(form, target, tokens)
+  return medusa.confidence(form, params, hidden, previous)
+
+
+def _previous(form, target, tokens) -> jax.Array | None:
+  """Embeddings of the token before each guess, for a Markov bias."""
+  if not form.markov:
+    return None
+  before = _stacked(tokens, form.count, first=1)
+  return embed(before, target['embedding']['table'])
+
+
+def _kept(p, q, coverage) -> jax.Array:
+  """sum_v min(p_v, q_v) with p of mass `coverage` [B, T] inside: [B, T]."""
+  p, q = (jnp.exp(losses.log_probabilities(x)) for x in (p, q))
+  return jnp.minimum(p * coverage[..., None], q).sum(-1)
 
 
 def _masks(loss_mask: jax.Array, count: int) -> list[jax.Array]:

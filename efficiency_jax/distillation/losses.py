@@ -126,10 +126,21 @@ def cross_entropy(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 
 
 def acceptance(
-  teacher: jax.Array, student: jax.Array, mask: jax.Array | None = None
+  teacher: jax.Array,
+  student: jax.Array,
+  mask: jax.Array | None = None,
+  coverage: jax.Array | None = None,
 ) -> jax.Array:
-  """sum_v min(p_v, q_v) = 1 - total variation: alpha of arXiv 2211.17192."""
-  return 1.0 - total_variation(teacher, student, mask)
+  """sum_v min(p_v, q_v) = 1 - total variation: alpha of arXiv 2211.17192.
+
+  Where the logits are those of a part of the vocabulary, `coverage` [...] is
+  the probability that the teacher gives this part: p sums to it, and what lies
+  outside is never accepted.
+  """
+  p, q = (jnp.exp(log_probabilities(x)) for x in (teacher, student))
+  if coverage is not None:
+    p = p * coverage[..., None]
+  return mean(jnp.minimum(p, q).sum(-1), mask)
 
 
 LOSSES: dict[str, Callable[..., jax.Array]] = {

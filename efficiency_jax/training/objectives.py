@@ -7,14 +7,20 @@ its output head, and the draft's vocabulary if it has one.
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
+from efficiency_jax.adaptation import lora
+from efficiency_jax.decoding import draft_model
+from efficiency_jax.decoding import draft_model_training
 from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import eagle_training
 from efficiency_jax.decoding import medusa
 from efficiency_jax.decoding import medusa_training
+from efficiency_jax.distillation import losses
 from efficiency_jax.training.step import Loss
 from efficiency_jax.training.step import Metrics
+from efficiency_jax.types import ApplyFn
 from efficiency_jax.types import Params
 
 # Pairs of a loss's name and its weight.
@@ -65,6 +71,32 @@ def draft(
   return loss
 
 
+def distillation(
+  form: draft_model.Form,
+  *,
+  objectives: Objectives = (('forward_kl', 1.0),),
+  length: int = 3,
+) -> Loss:
+  """The loss of a draft cut from its target: see `draft_model_training.loss`.
+
+  Its metrics are called `alpha_1` and so on, as those of other drafts.
+  """
+
+  def loss(params, frozen, batch):
+    value, metrics = draft_model_training.loss(
+      form,
+      params,
+      frozen['target'],
+      widened(batch),
+      vocabulary=frozen.get('vocabulary'),
+      objectives=objectives,
+      length=length,
+    )
+    return value, _numbered(metrics, batch)
+
+  return loss
+
+
 def heads(
   form: medusa.Heads,
   output_head: medusa.OutputHead,
@@ -86,6 +118,74 @@ def heads(
       decay=decay,
     )
     return value, _numbered(metrics, batch)
+
+  return loss
+
+
+def joint(
+  form: medusa.Heads,
+  apply: ApplyFn,
+  output_head: medusa.OutputHead,
+  *,
+  backbone: Objectives = (('forward_kl', 1.0),),
+  heads_weight: float = 0.2,
+  objectives: Objectives = ((medusa_training.TOKEN, 1.0),),
+  decay: float = medusa_training.DECAY,
+) -> Loss:
+  """Medusa-2: heads, and through an adapter the model that they stand on.
+
+      L = L_backbone + heads_weight L_heads    (arXiv 2401.10774, section 2.2.2)
+
+  With 'token' as the loss of the backbone it is the paper's L_LM. Otherwise it
+  is self-distillation (section 2.3.2), KL(p_original || p): the teacher is the
+  model with its adapter switched off, whose states are those of the batch, so
+  that it costs no pass but its output head.
+
+  Trained are `{'heads': ..., 'adapter': ...}`, the latter from `lora.factors`.
+  Frozen are `target`, all of the adapted model, and perhaps `vocabulary`. A
+  batch has `tokens`, `hidden` and `loss_mask`. Metrics are those of `heads`,
+  for the adapted model, its distribution outside the vocabulary counted as
+  lost, and
+
+  * `backbone`, its loss,
+  * `original_kl`, KL(p_original || p),
+  * `original_agreement`, how often both models have the same likeliest token.
+  """
+
+  def loss(params, frozen, batch):
+    batch = widened(batch)
+    tokens, vocabulary = batch['tokens'], frozen.get('vocabulary')
+    original = lax.stop_gradient(frozen['target'])
+    target = lora.with_factors(original, params['adapter'])
+    output, _ = apply(target, tokens)
+    teacher = output_head(original, batch['hidden'])
+    # The token after the last does not stand in the row.
+    mask = batch['loss_mask'].at[:, -1].set(0)
+    label = jnp.roll(tokens, -1, axis=1)
+    value = medusa_training.mixed(backbone, teacher, output.logits, label, mask)
+    batch['hidden'] = output.hidden
+    if vocabulary is not None:
+      p = jax.nn.softmax(lax.stop_gradient(output.logits))
+      batch['coverage'] = jnp.take(p, vocabulary, axis=-1).sum(-1)
+    heads_value, metrics = medusa_training.loss(
+      form,
+      output_head,
+      params['heads'],
+      target,
+      batch,
+      vocabulary=vocabulary,
+      objectives=objectives,
+      decay=decay,
+      into_states=True,
+    )
+    same = teacher.argmax(-1) == output.logits.argmax(-1)
+    metrics |= {
+      'backbone': value,
+      'original_kl': losses.forward_kl(teacher, output.logits, mask),
+      'original_agreement': losses.mean(same.astype(jnp.float32), mask),
+    }
+    metrics = lax.stop_gradient(_numbered(metrics, batch))
+    return value + heads_weight * heads_value, metrics
 
   return loss
 

@@ -1,5 +1,6 @@
 """Optimizers by name and schedule, and Adam with a state of eight bits."""
 
+from collections.abc import Mapping
 import dataclasses
 from typing import NamedTuple
 
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from efficiency_jax.training import offload
 
 SCHEDULES = ('constant', 'cosine', 'linear')
 
@@ -27,6 +30,9 @@ class OptimizerConfig:
     epsilon: Added to the root of the latter.
     clip_norm: Gradients are scaled down to this norm; 0 leaves them.
     state_bits: 32, or 8 for blockwise quantized moments.
+    state_memory: 'device', or 'host' for a state that waits there (`offload`).
+    shares: Of the learning rate, by the first name of a parameter's path; 1 for
+      those that are not named.
   """
 
   learning_rate: float
@@ -40,6 +46,8 @@ class OptimizerConfig:
   epsilon: float = 1e-8
   clip_norm: float = 1.0
   state_bits: int = 32
+  state_memory: str = 'device'
+  shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     if not self.learning_rate > 0:
@@ -56,6 +64,10 @@ class OptimizerConfig:
       )
     if self.state_bits not in (8, 32):
       raise ValueError(f'state_bits must be 8 or 32, got {self.state_bits}.')
+    if self.state_memory not in ('device', 'host'):
+      raise ValueError(
+        f"state_memory must be 'device' or 'host', got {self.state_memory!r}."
+      )
     for name in ('beta1', 'beta2'):
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(
@@ -85,7 +97,7 @@ def make(config: OptimizerConfig) -> optax.GradientTransformation:
   betas = {'b1': config.beta1, 'b2': config.beta2, 'eps': config.epsilon}
   adam = scale_by_adam8bit if config.state_bits == 8 else optax.scale_by_adam
   matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-  return optax.chain(
+  parts = [
     optax.clip_by_global_norm(config.clip_norm)
     if config.clip_norm
     else optax.identity(),
@@ -94,7 +106,40 @@ def make(config: OptimizerConfig) -> optax.GradientTransformation:
     if config.weight_decay
     else optax.identity(),
     optax.scale_by_learning_rate(learning_rate(config)),
-  )
+  ]
+  if config.shares:
+    parts.append(scale_by_group(config.shares))
+  optimizer = optax.chain(*parts)
+  if config.state_memory == 'host':
+    return offload.offloaded(optimizer)
+  return optimizer
+
+
+def scale_by_group(shares: Mapping[str, float]) -> optax.GradientTransformation:
+  """Multiplies updates by a number for the first name of their path.
+
+  Raises:
+    ValueError: From `init`, if no parameter has such a name.
+  """
+
+  def init(params):
+    missing = set(shares) - set(params)
+    if missing:
+      raise ValueError(
+        f'shares names {sorted(missing)}, but there are {sorted(params)}.'
+      )
+    return optax.EmptyState()
+
+  def update(updates, state, params=None):
+    del params
+    scale = lambda share, group: jax.tree.map(lambda u: share * u, group)
+    scaled = {
+      name: scale(shares.get(name, 1.0), group)
+      for name, group in updates.items()
+    }
+    return scaled, state
+
+  return optax.GradientTransformation(init, update)
 
 
 class Quantized(NamedTuple):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import chex
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,9 @@ from efficiency_jax import drafts
 from efficiency_jax import generation
 from efficiency_jax import trees
 from efficiency_jax.data import prompts as prompt_sets
+from efficiency_jax.decoding import draft_model
 from efficiency_jax.decoding import draft_vocabulary
+from efficiency_jax.decoding import dynamic_tree
 from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import medusa
 from efficiency_jax.decoding import token_tree
@@ -83,10 +86,8 @@ def _medusa(lm, *, reduced: bool = True, **form):
   form = medusa.Heads(
     count=2, vocabulary=len(_VOCABULARY) if reduced else None, **form
   )
-  table = lm.params
-  if reduced:
-    table = draft_vocabulary.head(lm.params, jnp.asarray(_VOCABULARY))
-  table = {k: table[k] for k in ('embedding', 'head') if k in table}
+  tokens = jnp.asarray(_VOCABULARY) if reduced else None
+  table = draft_vocabulary.head(lm.params, tokens)
   width, size = lm.config.width, lm.config.vocab_size
   init = lambda: medusa.init(form, _KEY, width, size, table)
   return medusa.TrainedHeads(
@@ -97,6 +98,19 @@ def _medusa(lm, *, reduced: bool = True, **form):
   )
 
 
+def _model(lm, *, reduced: bool = True, **form):
+  form = draft_model.Form(
+    target=lm.config,
+    vocabulary=len(_VOCABULARY) if reduced else None,
+    **{'layers': (1,), **form},
+  )
+  return draft_model.TrainedDraft(
+    form=form,
+    params=_random(lambda: draft_model.init(form, lm.params)),
+    vocabulary=_VOCABULARY if reduced else None,
+  )
+
+
 _KINDS = {
   'eagle': _eagle,
   'eagle of all tokens': lambda lm: _eagle(
@@ -104,6 +118,10 @@ _KINDS = {
   ),
   'medusa': lambda lm: _medusa(lm, markov=2, rank=3),
   'medusa of all tokens': lambda lm: _medusa(lm, reduced=False, own=True),
+  'draft model': lambda lm: _model(lm, ffn_width=8),
+  'draft model of all tokens': lambda lm: _model(
+    lm, reduced=False, layers=(1, 0)
+  ),
 }
 
 
@@ -116,7 +134,7 @@ def test_what_is_saved_is_loaded(tmp_path, kind):
   loaded = drafts.load(tmp_path / 'x', lm)
   assert type(loaded) is type(draft)
   assert loaded.form == draft.form
-  assert loaded.trees == draft.trees
+  assert getattr(loaded, 'trees', ()) == getattr(draft, 'trees', ())
   chex.assert_trees_all_equal(loaded.params, draft.params, strict=True)
   if draft.vocabulary is None:
     assert loaded.vocabulary is None
@@ -150,7 +168,9 @@ def test_a_narrow_draft_is_saved_as_it_is(tmp_path):
   )
 
 
-@pytest.mark.parametrize(('drafter', 'length'), [('eagle', 3), ('medusa', 5)])
+@pytest.mark.parametrize(
+  ('drafter', 'length'), [('eagle', 3), ('medusa', 5), ('draft model', 3)]
+)
 def test_a_loaded_draft_drafts_as_the_saved_one(tmp_path, drafter, length):
   lm = _lm()
   draft = _KINDS[drafter](lm)
@@ -201,12 +221,78 @@ def test_the_largest_float16_is_saved(tmp_path):
 def test_a_draft_is_saved_with_its_own_target_and_a_card_of_strings(tmp_path):
   lm = _lm()
   other = _with_config(lm, rope_theta=77.0)
-  with pytest.raises(ValueError, match='for another config than .*untrained-0'):
-    drafts.save(tmp_path / 'x', _eagle(other), lm=lm, card=_CARD)
+  for draft in (_eagle(other), _model(other)):
+    with pytest.raises(ValueError, match='another config than .*untrained-0'):
+      drafts.save(tmp_path / 'x', draft, lm=lm, card=_CARD)
   for card in ({'tokens a run': 2.5}, {1: 'one'}):
     with pytest.raises(ValueError, match='card must map strings to strings'):
       drafts.save(tmp_path / 'x', _eagle(lm), lm=lm, card=card)
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  ('kind', 'leaf'),
+  [
+    ('eagle', 'layers_0/ffn/down/kernel'),
+    ('medusa', 'markov/down/kernel'),
+    ('medusa of all tokens', 'head_1/output/embedding/table'),
+    ('draft model', 'layers_0/attention/qkv/kernel'),
+  ],
+)
+@pytest.mark.parametrize(
+  ('change', 'problem'),
+  [
+    (lambda x: x[:-1], r'has shape \(\d+, \d+\), its form needs \(\d+, \d+\)'),
+    (lambda x: None, 'is missing'),
+  ],
+  ids=['shape', 'missing'],
+)
+def test_other_parameters_than_those_of_the_form(
+  tmp_path, kind, leaf, change, problem
+):
+  """They are not saved, and not loaded from what another version saved."""
+  lm = _lm()
+  draft = _KINDS[kind](lm)
+  changed = traverse_util.flatten_dict(draft.params, sep='/')
+  changed[leaf] = change(changed[leaf])
+  changed = {k: v for k, v in changed.items() if v is not None}
+  changed = traverse_util.unflatten_dict(changed, sep='/')
+  broken = dataclasses.replace(draft, params=changed)
+  with pytest.raises(ValueError, match=f'^parameter {leaf} {problem}: save'):
+    drafts.save(tmp_path / 'x', broken, lm=lm, card=_CARD)
+  assert list(tmp_path.iterdir()) == []
+  drafts.save(tmp_path / 'x', draft, lm=lm, card=_CARD)
+  _rewritten(tmp_path / 'x', changed)
+  message = f'x: parameter {leaf} {problem}; update efficiency_jax.*file$'
+  with pytest.raises(errors.FileFormatError, match=message) as caught:
+    drafts.load(tmp_path / 'x', lm)
+  assert '\n' not in str(caught.value)
+
+
+def test_parameters_that_no_form_has(tmp_path):
+  lm = _lm()
+  draft = _model(lm)
+  params = {**draft.params, 'layers_1': draft.params['layers_0']}
+  draft = dataclasses.replace(draft, params=params)
+  message = 'parameter layers_1/attention/output/kernel is not one of its form'
+  with pytest.raises(ValueError, match=message):
+    drafts.save(tmp_path / 'x', draft, lm=lm, card=_CARD)
+
+
+def test_trees_that_grow_are_not_saved(tmp_path):
+  growth = dynamic_tree.Growth(nodes=4, expand=2, height=2)
+  draft = _eagle(_lm(), shapes=(growth,))
+  with pytest.raises(ValueError, match='trees that grow are not saved'):
+    drafts.save(tmp_path / 'x', draft, lm=_lm(), card={})
+  assert not list(tmp_path.iterdir())
+
+
+def test_heads_are_saved_with_a_target_of_their_width(tmp_path):
+  lm = _lm()
+  config = dataclasses.replace(lm.config, width=32)
+  wide = dataclasses.replace(lm, config=config, params=fixtures.params(config))
+  with pytest.raises(ValueError, match=r'parameter head_0/block_0/kernel has'):
+    drafts.save(tmp_path / 'x', _medusa(lm), lm=wide, card=_CARD)
 
 
 def _from_another_beginning(lm):
@@ -221,7 +307,7 @@ def _with_another_token(lm):
   return dataclasses.replace(lm, tokenizer=tokenizer, name='talkative')
 
 
-@pytest.mark.parametrize('kind', ['eagle', 'medusa'])
+@pytest.mark.parametrize('kind', ['eagle', 'medusa', 'draft model'])
 @pytest.mark.parametrize(
   ('other', 'why'),
   [
@@ -302,9 +388,13 @@ def test_a_damaged_file_is_refused(tmp_path, harm):
     assert 'again' in str(caught.value) or 'pass a file' in str(caught.value)
 
 
-def _rewritten(path: pathlib.Path, **facts) -> None:
-  """The same file with other facts, sealed as by another version."""
+def _rewritten(path: pathlib.Path, params=None, **facts) -> None:
+  """The file with other parameters or facts, sealed as by another version."""
   values, metadata = arrays.load(path)
+  if params is not None:
+    values = {k: v for k, v in values.items() if not k.startswith('params/')}
+    for name, leaf in trees.leaves(params):
+      values[f'params/{name}'] = np.asarray(leaf, np.float16)
   del metadata['sha256']
   metadata |= {name: json.dumps(fact) for name, fact in facts.items()}
   seal = drafts._digest(values, metadata)

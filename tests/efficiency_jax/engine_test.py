@@ -1,6 +1,7 @@
-"""Engines with a draft of one layer; `generation_test` has the others."""
+"""Engines with trained drafts; `generation_test` has the others."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from efficiency_jax import engine as engine_lib
 from efficiency_jax import generation
+from efficiency_jax.decoding import draft_model
 from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import token_tree
 from efficiency_jax.io import untrained
@@ -45,6 +47,50 @@ def test_a_draft_of_one_layer_decodes_as_plain(lm):
       np.testing.assert_array_equal(a.tokens, b.tokens)
 
 
+def _model(lm, layers=(1,), size: int | None = 128):
+  form = draft_model.Form(
+    target=lm.config, layers=layers, vocabulary=size, ffn_width=96
+  )
+  return draft_model.TrainedDraft(
+    form=form,
+    params=draft_model.init(form, lm.params),
+    vocabulary=None if size is None else np.arange(size)[::-1],
+  )
+
+
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+def test_a_draft_model_of_few_tokens_decodes_as_plain(lm, temperature):
+  prompts = ['to be or not to be or', 'x']
+  options = {
+    'max_new_tokens': 12,
+    'temperature': temperature,
+    'verifier': 'coupled' if temperature else 'greedy',
+    'seed': 3,
+  }
+  plain = generation.generate(lm, prompts, drafter='plain', **options)
+  mine = generation.generate(
+    lm,
+    prompts,
+    drafter='draft model',
+    heads=_model(lm),
+    draft_length=2,
+    **options,
+  )
+  for a, b in zip(plain.rows, mine.rows, strict=True):
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    assert b.statistics.accepted > 0
+
+
+def test_a_draft_model_shares_the_tables_of_the_target(lm):
+  prepare = functools.partial(engine_lib.prepare, lm, drafter='draft model')
+  weights = prepare(heads=_model(lm, size=None)).weights
+  assert weights.draft['embedding']['table'] is lm.params['embedding']['table']
+  engine = prepare(heads=_model(lm), greedy=False)
+  assert engine.weights.draft['head']['table'].shape == (128, lm.config.width)
+  assert engine.decoder.verifier.name == 'block'
+  assert engine.decoder.schedule.lengths == engine_lib.ADAPTIVE_LENGTHS
+
+
 def test_lengths_and_verifiers_follow_the_draft(lm):
   tree = token_tree.from_choices([(0,), (1,), (0, 0)])
   prepare = lambda **options: (
@@ -67,5 +113,9 @@ def test_a_foreign_draft_is_refused(lm):
     engine_lib.prepare(lm, drafter='medusa', heads=_draft(lm))
   config = dataclasses.replace(lm.config, max_positions=7)
   foreign = dataclasses.replace(lm, config=config)
-  with pytest.raises(ValueError, match='for another config'):
-    engine_lib.prepare(foreign, drafter='eagle', heads=_draft(lm))
+  for drafter, heads in (('eagle', _draft(lm)), ('draft model', _model(lm))):
+    with pytest.raises(ValueError, match='for another config'):
+      engine_lib.prepare(foreign, drafter=drafter, heads=heads)
+  for options in ({'heads': _draft(lm)}, {'heads': _model(lm), 'draft': lm}):
+    with pytest.raises(ValueError, match='needs draft=.* or else heads='):
+      engine_lib.prepare(lm, drafter='draft model', **options)

@@ -54,6 +54,9 @@ def test_a_reduced_head_is_part_of_the_head(every):
   assert table is params['head' if every else 'embedding']['table']
   part = scores(draft_vocabulary.head(params, vocabulary), hidden)
   np.testing.assert_allclose(part, whole[..., vocabulary], atol=1e-5)
+  alone = draft_vocabulary.head(params)
+  assert alone.keys() == {'head' if every else 'embedding'}
+  np.testing.assert_array_equal(scores(alone, hidden), whole)
   columns = draft_vocabulary.columns(vocabulary, config.vocab_size)
   spread = np.asarray(jax.jit(draft_vocabulary.spread)(part, columns))
   right = np.full(whole.shape, -np.inf)

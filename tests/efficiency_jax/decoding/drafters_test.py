@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficiency_jax.decoding import draft_model
 from efficiency_jax.decoding import drafters
 from efficiency_jax.decoding import prefill
 from efficiency_jax.decoding import sampling
@@ -78,10 +79,11 @@ def test_impossible_matches_are_refused(shortest, longest):
 
 _TARGET = fixtures.config()
 _DRAFT = fixtures.config(num_layers=1)
+_CUT = draft_model.Form(target=_TARGET, layers=(1,), vocabulary=7)
 _TEXTS = [[1, 2, 3, 1, 2, 5], [7], [4, 9]]
 
 
-@pytest.mark.parametrize('kind', ['draft model', 'early exit'])
+@pytest.mark.parametrize('kind', ['draft model', 'few tokens', 'early exit'])
 @pytest.mark.parametrize('purpose', list(sampling.Purpose)[:2])
 def test_a_chain_draws_from_the_law_that_it_reports(kind, purpose):
   """q is the drafter's own processed law after every drafted prefix."""
@@ -101,14 +103,25 @@ def test_a_chain_draws_from_the_law_that_it_reports(kind, purpose):
     target, weights.target, context.tokens, context.length, cache
   )
   if kind == 'draft model':
-    config, params = _DRAFT, weights.draft
+    params = weights.draft
     drafter = drafters.DraftModel(
       apply=transformer.apply_fn(_DRAFT),
       init_cache=kv_cache.initializer(_DRAFT),
     )
+  elif kind == 'few tokens':
+    own = draft_model.init(_CUT, weights.target)
+    vocabulary = jnp.asarray([3, 0, 9, 2, 10, 7, 5], jnp.int32)
+    params = draft_model.weights(_CUT, own, weights.target, vocabulary)
+    weights = drafters.Weights(weights.target, params)
+    drafter = drafters.DraftModel(
+      apply=draft_model.apply_fn(_CUT),
+      init_cache=kv_cache.initializer(_CUT.config),
+    )
   else:
-    config, params = _TARGET.truncated(1), weights.target
-    drafter = drafters.EarlyExit(apply=transformer.apply_fn(config))
+    params = weights.target
+    drafter = drafters.EarlyExit(
+      apply=transformer.apply_fn(_TARGET.truncated(1))
+    )
 
   def propose(context, cache):
     state = drafter.init(weights, context, 4)
@@ -122,7 +135,7 @@ def test_a_chain_draws_from_the_law_that_it_reports(kind, purpose):
   assert proposal.count.tolist() == forecast.count.tolist() == [4] * 3
   # The target's cache is given back with its cursor where it was.
   assert after.length.tolist() == cache.length.tolist()
-  apply = jax.jit(transformer.apply_fn(config))
+  apply = jax.jit(drafter.apply)
   for row, text in enumerate(_TEXTS):
     draft = proposal.tokens[row].tolist()
     whole = jnp.asarray([text + draft])

@@ -18,9 +18,9 @@ FORMS = (
   medusa.Heads(count=3),
   medusa.Heads(count=3, blocks=2, rank=2),
   medusa.Heads(count=4, own=True, markov=3),
-  medusa.Heads(count=3, vocabulary=8, rank=2),
+  medusa.Heads(count=3, vocabulary=8, rank=2, confidence=True),
   medusa.Heads(count=3, vocabulary=8, own=True),
-  medusa.Heads(count=3, vocabulary=8, markov=3),
+  medusa.Heads(count=3, vocabulary=8, markov=3, confidence=True),
 )
 
 
@@ -59,10 +59,7 @@ def formula(
   )
   embedding = target['embedding']['table']
   head = draft[f'head_{k - 1}']
-  x = np.asarray(hidden, float)
-  for i in range(heads.blocks):
-    inner = x @ head[f'block_{i}']['kernel']
-    x = x + inner / (1 + np.exp(-inner))
+  x = _state(heads, head, hidden)
   if heads.own:
     scores = head['output']['embedding']['table'] @ x
   elif heads.vocabulary is not None:
@@ -75,3 +72,29 @@ def formula(
     down, up = (draft['markov'][name]['kernel'] for name in ('down', 'up'))
     scores += embedding[previous] @ down @ up
   return scores
+
+
+def trust(
+  heads: medusa.Heads, hidden: np.ndarray, k: int, previous: int
+) -> float:
+  """How sure head k = 1 .. K is of its guess, in 0 .. 1."""
+  everything = weights(heads)
+  target, draft = jax.tree.map(
+    lambda x: np.asarray(x, float), (everything.target, everything.draft)
+  )
+  head = draft[f'head_{k - 1}']
+  seen = _state(heads, head, hidden)
+  if heads.markov:
+    token = target['embedding']['table'][previous]
+    seen = np.append(seen, token @ draft['markov']['down']['kernel'])
+  judge = head['confidence']
+  return 1 / (1 + np.exp(-seen @ judge['kernel'][:, 0] - judge['bias'][0]))
+
+
+def _state(heads: medusa.Heads, head, hidden: np.ndarray) -> np.ndarray:
+  """What the blocks of a head make of a state [D]."""
+  x = np.asarray(hidden, float)
+  for i in range(heads.blocks):
+    inner = x @ head[f'block_{i}']['kernel']
+    x = x + inner / (1 + np.exp(-inner))
+  return x

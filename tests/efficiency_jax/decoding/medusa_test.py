@@ -38,10 +38,14 @@ def _weights(heads=_HEADS):
   return medusa_models.weights(heads)
 
 
+def _drafter(heads, *trees, least=0.0):
+  choices = {'trees': trees, 'least_chance': least}
+  head = transformer.head_fn(_TARGET)
+  return medusa.Medusa(heads=heads, output_head=head, **choices)
+
+
 def _decoder(verifier, *trees, drafter=None, heads=_HEADS, **options):
-  drafter = drafter or medusa.Medusa(
-    heads=heads, output_head=transformer.head_fn(_TARGET), trees=trees
-  )
+  drafter = drafter or _drafter(heads, *trees)
   lengths = tuple(sorted(len(tree) - 1 for tree in trees))
   return speculative.Decoder(
     apply=transformer.apply_fn(_TARGET),
@@ -146,6 +150,36 @@ def test_a_head_is_the_formula_of_the_papers(heads):
     np.testing.assert_allclose(got[k - 1], right, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize('heads', medusa_models.FORMS[3::2], ids=str)
+def test_confidence_is_the_formula_and_ends_chains(heads):
+  """Tokens count while reaching and keeping them is likely enough."""
+  weights = _weights(heads)
+  states = np.random.default_rng(1).standard_normal((3, 9, _TARGET.width))
+  context = fixtures.context(_PROMPTS, room=30)
+
+  def draft(least, length=3):
+    drafter = _drafter(heads, token_tree.chain(3), _TREE, least=least)
+    begun = drafter.init(weights, context, 9, jnp.asarray(states, jnp.float32))
+    arguments = weights, begun, (), context, length
+    return drafter.propose(*arguments, sampling.Purpose.SAMPLE)[0]
+
+  drafted = draft(0.0)
+  assert drafted.count.tolist() == [3] * 3
+  chances = np.ones((3, 4))
+  for row, prompt in enumerate(_PROMPTS):
+    hidden = states[row, len(prompt) - 2] * (len(prompt) > 1)
+    before = [prompt[-1], *drafted.tokens[row].tolist()]
+    for k in (1, 2, 3):
+      trust = medusa_models.trust(heads, hidden, k, before[k - 1])
+      chances[row, k] = chances[row, k - 1] * trust
+  chances = chances[:, 1:]
+  for least in [*(0.999 * chances.ravel()), *(1.001 * chances.ravel())]:
+    cut = draft(float(least))
+    np.testing.assert_array_equal(cut.tokens, drafted.tokens)
+    assert cut.count.tolist() == (chances >= least).sum(axis=1).tolist()
+  assert draft(0.9, length=9).count.tolist() == [9] * 3  # a tree
+
+
 @pytest.mark.parametrize('heads', medusa_models.FORMS, ids=str)
 @pytest.mark.parametrize('shuffled', [False, True])
 def test_guesses_stand_where_the_tree_has_a_place_for_them(heads, shuffled):
@@ -153,7 +187,7 @@ def test_guesses_stand_where_the_tree_has_a_place_for_them(heads, shuffled):
   tree = _TREE
   if shuffled:  # parents before children, but not level by level
     tree = token_tree.TokenTree((-1, 0, 1, 2, 0, 1, 4, 2, 0, 6))
-  drafter = _decoder('greedy', tree, heads=heads).drafter
+  drafter = _drafter(heads, tree)
   weights = _weights(heads)
   states = np.random.default_rng(1).standard_normal((3, 9, _TARGET.width))
   states = jnp.asarray(states, jnp.float32)
@@ -186,6 +220,8 @@ def test_what_is_no_form_or_tree_is_refused():
     medusa.Heads(own=True, rank=1)
   with pytest.raises(ValueError, match='height 3 needs as many heads, got 2'):
     medusa.Medusa(heads=medusa.Heads(count=2), output_head=None, trees=(_TREE,))
+  with pytest.raises(ValueError, match='least_chance 0.5 needs heads with'):
+    _drafter(_HEADS, _TREE, least=0.5)
   with pytest.raises(ValueError, match='differ in size'):
     medusa.Medusa(heads=_HEADS, output_head=None, trees=(_TREE, _TREE))
   with pytest.raises(ValueError, match='vocabulary must be >= 1 or None'):
@@ -244,6 +280,21 @@ def test_text_is_that_of_plain_decoding(verifier, heads):
         assert drafted <= set(medusa_models.VOCABULARY)
 
   check()
+
+
+@pytest.mark.parametrize('verifier', ['greedy', 'coupled'])
+def test_text_does_not_depend_on_where_chains_end(verifier):
+  heads = medusa_models.FORMS[-1]
+  mixed = sampling.make(3, **_MIXED)
+  options = {'settings': mixed if verifier == 'coupled' else None, 'seed': 4}
+  expected, put = _plain(_PROMPTS, 24, **options), []
+  for least in (0.0, 0.3):
+    drafter = _drafter(heads, token_tree.chain(3), least=least)
+    decoder = _decoder(verifier, token_tree.chain(3), drafter=drafter)
+    state = _generate(decoder, _PROMPTS, 24, **options)
+    assert fixtures.texts(state) == expected
+    put.append(int(state.counters.drafted.sum()))
+  assert put[1] < put[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,6 +59,10 @@ def _loss(form, **options):
   )
 
 
+# Of the target inside the vocabulary, at each position's next token.
+_COVERAGE = np.random.default_rng(3).uniform(0.2, 1, (2, _LENGTH))
+
+
 def _softmax(x):
   e = np.exp(x - x.max())
   return e / e.sum()
@@ -83,9 +87,21 @@ def _learnt(k):
       yield row, t, _MASK[row, t + k]
 
 
+def _mean(rows):
+  """Of pairs of a weight and a value."""
+  weights, values = zip(*rows, strict=True)
+  return np.average(values, weights=weights)
+
+
+def _kept(p, q, row, t, k):
+  """1 - TV, with what is outside the vocabulary lost."""
+  return np.minimum(p * _COVERAGE[row, t + k], q).sum()
+
+
 @pytest.mark.parametrize('form', medusa_models.FORMS, ids=str)
 def test_loss_and_metrics_are_those_of_a_loop_over_the_text(form):
   batch, (params, target, _) = _batch(), _models(form)
+  batch['coverage'] = jnp.asarray(_COVERAGE, jnp.float32)
   options = {
     'objectives': (('token', 0.3), ('total_variation', 0.7)),
     'decay': 0.6,
@@ -103,10 +119,30 @@ def test_loss_and_metrics_are_those_of_a_loop_over_the_text(form):
     )
     token = mean(inside, lambda p, q, column: -np.log(q[column[0]]))
     variation = mean(rows, lambda p, q, column: np.abs(p - q).sum() / 2)
-    alphas.append(mean(rows, lambda p, q, column: np.minimum(p, q).sum()))
     value = 0.3 * token + 0.7 * variation
-    mixed_total += 0.6**k * value
-    plain_total += 0.8**k * token
+    alphas.append(
+      _mean(
+        (w, _kept(*_guess(form, batch, row, t, k)[:2], row, t, k))
+        for row, t, w in _learnt(k)
+      )
+    )
+    doubt = 0
+    if form.confidence:
+      judged = []
+      for row, t, w in _learnt(k):
+        p, q, _ = _guess(form, batch, row, t, k)
+        hidden, before = batch['hidden'][row, t], batch['tokens'][row, t + k]
+        trust = medusa_models.trust(form, hidden, k, before)
+        judged.append((w, trust, _kept(p, q, row, t, k)))
+      doubt = _mean(
+        (w, -a * np.log(c) - (1 - a) * np.log(1 - c)) for w, c, a in judged
+      )
+      error = _mean((w, abs(a - c)) for w, c, a in judged)
+      np.testing.assert_allclose(
+        metrics['confidence_error'][k - 1], error, rtol=1e-4
+      )
+    mixed_total += 0.6**k * (value + doubt)
+    plain_total += 0.8**k * (token + doubt)
     np.testing.assert_allclose(metrics['loss'][k - 1], value, rtol=1e-4)
     for name, size in (('top1', 1), ('top5', 5)):
       among = lambda p, q, column, size=size: np.isin(
@@ -118,8 +154,73 @@ def test_loss_and_metrics_are_those_of_a_loop_over_the_text(form):
   np.testing.assert_allclose(mixed, mixed_total, rtol=1e-4)
   np.testing.assert_allclose(plain, plain_total, rtol=1e-4)
   np.testing.assert_allclose(metrics['alpha'], alphas, rtol=1e-4)
-  runs = 1 + np.cumprod(alphas).sum()
+  assert ('confidence_error' in metrics) == form.confidence
+
+
+def test_tokens_a_run_are_counted_place_by_place():
+  """A place where the first guess is kept is one where the next may be."""
+  form = medusa_models.FORMS[0]
+  batch, (params, target, _) = _batch(), _models(form)
+  _, metrics = _loss(form)(params, target, batch)
+  runs = 1
+  for k in range(1, form.count + 1):
+    rows = []
+    for row, t, w in _learnt(k):
+      guesses = [_guess(form, batch, row, t, j) for j in range(1, k + 1)]
+      rows.append((w, np.prod([np.minimum(p, q).sum() for p, q, _ in guesses])))
+    runs += _mean(rows)
   np.testing.assert_allclose(metrics['tokens_per_run'], runs, rtol=1e-4)
+  # Which is not what independent places would give.
+  assert abs(1 + np.cumprod(metrics['alpha']).sum() - runs) > 1e-3
+
+
+def test_confidence_learns_and_changes_no_guess():
+  """Gradients of the guesses are those of heads without it."""
+  form = medusa_models.FORMS[-1]
+  batch, (params, target, _) = _batch(), _models(form)
+  plain = dataclasses.replace(form, confidence=False)
+  slopes = {}
+  for one in (form, plain):
+    loss = lambda params, one=one: _loss(
+      one, vocabulary=jnp.asarray(medusa_models.VOCABULARY)
+    )(params, target, batch)[0]
+    slopes[one] = jax.grad(loss)(params)
+  for k in range(form.count):
+    own, other = (dict(slopes[one][f'head_{k}']) for one in (form, plain))
+    mine, none = own.pop('confidence'), other.pop('confidence')
+    assert all((x == 0).all() for x in jax.tree.leaves(none))
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(mine))
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, atol=1e-6), own, other
+    )
+
+
+def test_gradients_flow_into_states_where_they_are_to_learn():
+  form = medusa_models.FORMS[0]
+  batch, (params, target, _) = _batch(), _models(form)
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def value(others, objective):
+    target, hidden = others
+    return medusa_training.loss(
+      form,
+      _HEAD,
+      params,
+      target,
+      {**batch, 'hidden': hidden},
+      objectives=((objective, 1.0),),
+      into_states=True,
+    )[0]
+
+  others = target, batch['hidden']
+  for objective in ('token', 'forward_kl'):
+    none, slope = jax.grad(value)(others, objective)
+    assert all((x == 0).all() for x in jax.tree.leaves(none))
+    # Only where something is learnt from a state.
+    learnt = np.zeros((2, _LENGTH), bool)
+    for row, t, _ in _learnt(1):
+      learnt[row, t] = True
+    np.testing.assert_array_equal(np.abs(slope).max(-1) > 0, learnt)
 
 
 def _new(form):
@@ -140,7 +241,9 @@ def test_new_heads_are_right_where_every_position_is_like_the_next(form):
   value, metrics = _loss(form, objectives=objectives)(
     _new(form), fixtures.params(_TARGET), batch
   )
-  np.testing.assert_allclose(value, 0, atol=1e-5)
+  # New confidence is one half.
+  doubt = form.confidence * np.log(2) * sum(0.8**k for k in (1, 2, 3))
+  np.testing.assert_allclose(value, doubt, atol=1e-5)
   np.testing.assert_allclose(metrics['alpha'], 1, atol=1e-5)
   runs = form.count + 1
   np.testing.assert_allclose(metrics['tokens_per_run'], runs, rtol=1e-5)

@@ -105,6 +105,19 @@ def test_acceptance_is_one_less_the_total_variation():
   np.testing.assert_allclose(got, np.minimum(p, q).sum(-1).mean(), rtol=1e-5)
 
 
+def test_what_lies_outside_a_part_of_the_vocabulary_is_never_accepted():
+  """The teacher's first three tokens are a part, and the student's all."""
+  whole = _softmax(_logits(0))
+  q = _softmax(_logits(1)[..., :3])
+  got = losses.acceptance(
+    _case(0)[..., :3],
+    _case(1)[..., :3],
+    coverage=jnp.asarray(whole[..., :3].sum(-1), jnp.float32),
+  )
+  expected = np.minimum(whole[..., :3], q).sum(-1).mean()
+  np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
 def test_where_the_student_cannot_go():
   """KL(p || q) is infinite, the other direction and the bounded ones not."""
   teacher, student = _case(0), _case(1, forbidden=(0,))

@@ -9,6 +9,9 @@ import numpy as np
 import optax
 import pytest
 
+from efficiency_jax.adaptation import lora
+from efficiency_jax.decoding import draft_model
+from efficiency_jax.decoding import draft_model_training
 from efficiency_jax.decoding import draft_vocabulary
 from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import eagle_training
@@ -16,6 +19,7 @@ from efficiency_jax.decoding import medusa
 from efficiency_jax.decoding import medusa_training
 from efficiency_jax.models import transformer
 from efficiency_jax.training import objectives
+from efficiency_jax.training import optimizers
 from efficiency_jax.training import state as train_state
 from efficiency_jax.training import step as steps
 from tests import fixtures
@@ -114,6 +118,31 @@ def test_a_step_learns_and_takes_a_batch_in_parts():
   assert step(state, frozen, batch)[1]['loss'] < first['loss']
 
 
+def test_the_loss_of_distillation_is_that_of_draft_model_training():
+  _, _, weights, batch = _problem()
+  target = fixtures.config()
+  form = draft_model.Form(target=target, layers=(1,), vocabulary=6)
+  vocabulary = weights.draft['vocabulary']
+  frozen = objectives.frozen(weights.target, vocabulary)
+  params = draft_model.init(form, weights.target)
+  options = {'objectives': (('reverse_kl', 0.5),), 'length': 2}
+  loss = jax.jit(objectives.distillation(form, **options))
+  value, metrics = loss(params, frozen, batch)
+  expected, found = jax.jit(
+    functools.partial(draft_model_training.loss, form, **options)
+  )(
+    params,
+    weights.target,
+    objectives.widened(batch),
+    vocabulary=vocabulary,
+  )
+  np.testing.assert_allclose(value, expected, rtol=1e-6)
+  names = {'loss_1', 'agreement_1', 'alpha_1', 'tokens_per_run', 'weight'}
+  assert metrics.keys() == names
+  np.testing.assert_allclose(metrics['alpha_1'], found['alpha'][0], rtol=1e-6)
+  assert metrics['weight'] == batch['loss_mask'].sum()
+
+
 def test_the_loss_of_heads_is_that_of_medusa_training():
   target = fixtures.config()
   form = medusa.Heads(count=2, vocabulary=6, markov=3)
@@ -147,3 +176,121 @@ def test_the_loss_of_heads_is_that_of_medusa_training():
         metrics[f'{name}_{k}'], found[name][k - 1], rtol=1e-5
       )
   assert metrics['weight'] == batch['loss_mask'].sum()
+
+
+# Heads and the model they stand on.
+
+_JOINT = medusa.Heads(count=2, vocabulary=6, markov=3)
+_FEW = np.array([3, 0, 9, 2, 10, 7], np.int32)
+
+
+def _pair(moved: bool):
+  """What `joint` trains, reads, and is given, and the output head."""
+  target = fixtures.config()
+  params = fixtures.params(target)
+  adapted, _ = lora.adapt(params, ['/kernel$'], 2, 4.0, jax.random.key(1))
+  table = draft_vocabulary.head(params, _FEW)
+  heads = medusa.init(_JOINT, jax.random.key(0), target.width, 11, table)
+  rng = np.random.default_rng(0)
+  noisy = lambda x: x + 0.2 * rng.standard_normal(x.shape).astype(np.float32)
+  trained = {
+    'heads': jax.tree.map(noisy, heads),
+    'adapter': lora.factors(adapted),
+  }
+  if moved:
+    trained['adapter'] = jax.tree.map(noisy, trained['adapter'])
+  frozen = {**objectives.frozen(params, _FEW), 'target': adapted}
+  *_, batch = _problem()
+  apply = transformer.apply_fn(target)
+  batch['hidden'] = jax.jit(apply)(params, batch['tokens'])[0].hidden
+  return trained, frozen, batch
+
+
+def _joint(**options):
+  target = fixtures.config()
+  return jax.jit(
+    objectives.joint(
+      _JOINT,
+      transformer.apply_fn(target),
+      transformer.head_fn(target),
+      **options,
+    )
+  )
+
+
+@pytest.mark.parametrize('backbone', ['forward_kl', 'token'])
+def test_the_joint_loss_is_that_of_the_merged_model_and_its_heads(backbone):
+  trained, frozen, batch = _pair(moved=True)
+  value, metrics = _joint(backbone=((backbone, 1.0),), heads_weight=0.3)(
+    trained, frozen, batch
+  )
+  adapted = lora.with_factors(frozen['target'], trained['adapter'])
+  merged, target = lora.merge(adapted), fixtures.config()
+  apply = jax.jit(transformer.apply_fn(target))
+  output, _ = apply(merged, batch['tokens'])
+  original, _ = apply(lora.base(adapted), batch['tokens'])
+  p, q = (np.asarray(jax.nn.softmax(x.logits)) for x in (original, output))
+  heads_batch = {
+    **batch,
+    'hidden': output.hidden,
+    'coverage': jnp.asarray(q[..., _FEW].sum(-1)),
+  }
+  heads_value, found = jax.jit(
+    functools.partial(medusa_training.loss, _JOINT, transformer.head_fn(target))
+  )(trained['heads'], merged, heads_batch, vocabulary=jnp.asarray(_FEW))
+  tokens, mask = (np.asarray(batch[x]) for x in ('tokens', 'loss_mask'))
+  places = [(b, t) for b, t in np.argwhere(mask) if t < tokens.shape[1] - 1]
+  assert len(places) < mask.sum()
+  mean = lambda one: np.mean([one(b, t) for b, t in places])
+  divergence = mean(lambda b, t: (p[b, t] * np.log(p[b, t] / q[b, t])).sum())
+  entropy = mean(lambda b, t: -np.log(q[b, t, tokens[b, t + 1]]))
+  agreement = mean(lambda b, t: p[b, t].argmax() == q[b, t].argmax())
+  own = divergence if backbone == 'forward_kl' else entropy
+  close = functools.partial(np.testing.assert_allclose, rtol=2e-3)
+  close(metrics['original_kl'], divergence)
+  close(metrics['original_agreement'], agreement)
+  assert 0 < agreement < 1
+  close(metrics['backbone'], own)
+  close(value, own + 0.3 * heads_value)
+  close(metrics['alpha_2'], found['alpha'][1])
+  close(metrics['tokens_per_run'], found['tokens_per_run'])
+  assert metrics['weight'] == mask.sum()
+
+
+def test_a_new_adapter_moves_for_the_heads_alone():
+  """At first the model is the original, and its divergence at its least."""
+  trained, frozen, batch = _pair(moved=False)
+  slopes = {}
+  for weight in (0.0, 0.2):
+    loss = _joint(heads_weight=weight)
+    (_, metrics), slopes[weight] = jax.value_and_grad(
+      loss, has_aux=True, argnums=(0, 1), allow_int=True
+    )(trained, frozen, batch)
+    np.testing.assert_allclose(metrics['original_kl'], 0, atol=1e-6)
+    assert metrics['original_agreement'] == 1
+    # Nothing flows into what is frozen.
+    target = jax.tree.leaves(slopes[weight][1]['target'])
+    assert all((np.asarray(x) == 0).all() for x in target)
+  largest = lambda tree: max(
+    float(np.abs(x).max()) for x in jax.tree.leaves(tree)
+  )
+  still, moved = (slopes[weight][0]['adapter'] for weight in (0.0, 0.2))
+  assert largest(still) < 1e-5
+  assert largest(moved) > 1e-3
+  assert largest(slopes[0.2][0]['heads']) > 1e-3
+
+
+def test_joint_training_lowers_the_loss():
+  trained, frozen, batch = _pair(moved=False)
+  optimizer = optimizers.make(
+    optimizers.OptimizerConfig(
+      learning_rate=0.02, steps=12, shares={'adapter': 0.25}
+    )
+  )
+  step = jax.jit(steps.make_step(_joint(), optimizer))
+  state, history = train_state.create(trained, optimizer), []
+  for _ in range(12):
+    state, metrics = step(state, frozen, batch)
+    history.append({k: float(v) for k, v in metrics.items()})
+  assert history[-1]['loss'] < history[0]['loss'] - 0.1
+  assert 0 < history[-1]['original_kl'] < 0.1

@@ -46,6 +46,13 @@ def test_decay_spares_vectors_and_gradients_are_clipped():
   np.testing.assert_allclose(state[1].mu['matrix'], 0.1 * 0.5, rtol=1e-5)
 
 
+def test_the_state_may_wait_on_the_host():
+  config = dataclasses.replace(CONFIG, state_memory='host')
+  state = optimizers.make(config).init({'w': jnp.ones((2, 2))})
+  arrays = [x for x in jax.tree.leaves(state) if jnp.ndim(x)]
+  assert {x.sharding.memory_kind for x in arrays} == {'pinned_host'}
+
+
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
@@ -57,6 +64,7 @@ def test_decay_spares_vectors_and_gradients_are_clipped():
     ),
     ({'schedule': 'step'}, "one of constant, cosine, linear, got 'step'"),
     ({'state_bits': 4}, 'state_bits must be 8 or 32, got 4'),
+    ({'state_memory': 'disk'}, "must be 'device' or 'host', got 'disk'"),
     ({'beta2': 1.0}, r'beta2 must be in \[0, 1\), got 1.0'),
   ],
 )
@@ -134,3 +142,20 @@ def test_small_arrays_keep_full_precision_and_equal_optax():
     mine, a = ours.update(g, a)
     expected, b = theirs.update(g, b)
     np.testing.assert_allclose(mine['w'], expected['w'], rtol=1e-4)
+
+
+def test_groups_of_parameters_have_rates_of_their_own():
+  config = dataclasses.replace(CONFIG, shares={'slow': 0.25})
+  params = {'slow': {'w': jnp.ones((2, 2))}, 'fast': {'w': jnp.ones((2, 2))}}
+  gradient = jax.tree.map(lambda x: 0.3 * x, params)
+  together = optimizers.make(dataclasses.replace(config, shares={}))
+  apart = optimizers.make(config)
+  a, b = together.init(params), apart.init(params)
+  for _ in range(3):
+    plain, a = together.update(gradient, a, params)
+    scaled, b = apart.update(gradient, b, params)
+    np.testing.assert_array_equal(scaled['fast']['w'], plain['fast']['w'])
+    expected = 0.25 * plain['slow']['w']
+    np.testing.assert_allclose(scaled['slow']['w'], expected, rtol=1e-6)
+  with pytest.raises(ValueError, match=r"names \['slow'\], .* \['w'\]"):
+    apart.init({'w': jnp.ones(2)})

@@ -1,0 +1,1 @@
+"""Models adapted by training few weights."""

@@ -1,0 +1,95 @@
+"""Which draft a method decodes with."""
+
+import jax
+import pytest
+
+from configs import decode_tiny
+from efficiency_jax import drafts
+from efficiency_jax.decoding import draft_model
+from efficiency_jax.decoding import dynamic_tree
+from efficiency_jax.decoding import eagle
+from efficiency_jax.decoding import token_tree
+from efficiency_jax.io import untrained
+from efficiency_jax.models import transformer
+from experiments import methods
+
+
+@pytest.fixture(scope='module')
+def lm():
+  return untrained.language_model()
+
+
+@pytest.fixture(scope='module')
+def draft(lm):
+  form = draft_model.Form(target=lm.config, layers=(1,), ffn_width=20)
+  return draft_model.TrainedDraft(
+    form=form, params=draft_model.init(form, lm.params)
+  )
+
+
+@pytest.fixture(scope='module')
+def path(lm, draft, tmp_path_factory):
+  path = tmp_path_factory.mktemp('drafts') / 'x.safetensors'
+  drafts.save(path, draft, lm=lm, card={})
+  return str(path)
+
+
+def _build(lm, methods_, **trained):
+  config = decode_tiny.get_config()
+  config.methods = methods_
+  config.fixed_lengths = ()
+  config.trained.update(trained)
+  return methods.build(lm, config)
+
+
+def test_a_draft_model_is_the_trained_one_if_there_is_one(lm, draft, path):
+  _, method = _build(lm, ('draft model, 3',), draft_model=path)
+  drafter = method.engine.decoder.drafter
+  assert drafter.apply is draft_model.apply_fn(draft.form)
+  assert drafter.init_cache(1, 8).keys[0].shape[0] == 1
+  assert method.engine.decoder.schedule.lengths == (3,)
+
+
+def test_shapes_are_chosen_by_name(lm, tmp_path):
+  form = eagle.Form(target=lm.config)
+  params = eagle.init(form, jax.random.key(0), lm.params)
+  tree = token_tree.TokenTree((-1, 0, 0))
+  path = tmp_path / 'eagle.safetensors'
+  draft = eagle.TrainedDraft(form=form, params=params, trees=(tree,))
+  drafts.save(path, draft, lm=lm, card={})
+  names = ('eagle, 2', 'eagle chain, 2', 'eagle dynamic, 7')
+  _, *chosen = _build(lm, names, eagle=str(path))
+  drafters = [method.engine.decoder.drafter for method in chosen]
+  assert drafters[0].tree(2) == tree
+  assert drafters[1].tree(2).is_chain
+  assert drafters[2].tree(7) == dynamic_tree.Growth(nodes=7, expand=4, height=5)
+
+
+def test_or_else_a_cut_of_the_target(lm):
+  _, method = _build(lm, ('draft model, 3',))
+  shallow = lm.config.truncated(1)  # every second layer of two
+  assert method.engine.decoder.drafter.apply is transformer.apply_fn(shallow)
+  blocks = method.engine.weights.draft
+  assert blocks['layers_0'] is lm.params['layers_0']
+  assert 'layers_1' not in blocks
+
+
+@pytest.mark.parametrize(
+  ('method', 'flag', 'name', 'message'),
+  [
+    ('draft model', 'draft_model', 'no.safetensors', 'there is no such file'),
+    ('draft model', 'draft_model', 'nobody', "no draft 'nobody' is shipped"),
+    ('eagle', 'eagle', None, "trained.eagle=.*is a draft for 'draft model'"),
+    ('eagle', 'draft_model', None, "method 'eagle' needs --config.trained.ea"),
+    (
+      'draft model chain, 3',
+      'draft_model',
+      None,
+      'with a length there are medusa chain, eagle chain, eagle dynamic',
+    ),
+    ('eagle chain', 'eagle', None, "is a draft for 'draft model'"),
+  ],
+)
+def test_a_draft_that_does_not_fit(lm, path, method, flag, name, message):
+  with pytest.raises(ValueError, match=message):
+    _build(lm, (method,), **{flag: name or path})
