@@ -5,6 +5,7 @@ and holds its own part of every array; process 0 alone prints and writes.
 """
 
 from collections.abc import Mapping
+import errno
 import os
 import re
 import socket
@@ -59,6 +60,8 @@ def start(
       return
   if settings['process_id']:
     _reach(settings['coordinator'], timeout_seconds)
+  elif settings['process_id'] == 0 and settings['coordinator']:
+    _check_port(settings['coordinator'])
   try:
     jax.distributed.initialize(
       settings['coordinator'],
@@ -67,10 +70,7 @@ def start(
       initialization_timeout=timeout_seconds,
     )
   except jax.errors.JaxRuntimeError as error:
-    raise ConnectionError(
-      f'coordinator={settings["coordinator"]!r}: process 0 could not listen'
-      f' there ({" ".join(str(error).split())}); is the port in use?'
-    ) from error
+    raise _cannot_listen(settings['coordinator'], error) from error
   except ValueError as error:
     if not automatic:
       raise
@@ -186,6 +186,24 @@ def _check(coordinator, num_processes, process_id):
     raise ValueError(
       f'coordinator must be host:port of process 0, got {coordinator!r}.'
     )
+
+
+def _check_port(coordinator: str) -> None:
+  """Tries to listen; where a port is in use, jaxlib alone may crash."""
+  port = int(coordinator.rpartition(':')[2])
+  for family in (socket.AF_INET6, socket.AF_INET):
+    try:
+      socket.create_server(('', port), family=family).close()
+    except OSError as error:
+      if error.errno == errno.EADDRINUSE:
+        raise _cannot_listen(coordinator, error) from error
+
+
+def _cannot_listen(coordinator: str, error: Exception) -> ConnectionError:
+  return ConnectionError(
+    f'coordinator={coordinator!r}: process 0 could not listen there'
+    f' ({" ".join(str(error).split())}); is the port in use?'
+  )
 
 
 def _reach(coordinator: str, timeout_seconds: int) -> None:
