@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin/python
+# Two processes, a file of tests in one of them.
+PARALLEL := -n 2 --dist loadfile
 RUN_PEERS := .venv-peers/bin/python
 CODE := setup.py efficiency_jax pallas_kernels experiments configs tests
 
@@ -11,13 +13,13 @@ CODE := setup.py efficiency_jax pallas_kernels experiments configs tests
   lint format clean
 
 test: $(VENV)/.installed  ## The tests that need neither weights nor network.
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q $(PARALLEL)
 
 short: $(VENV)/.installed  ## The suite of the second python.
-	$(RUN) -m pytest -q -m 'short and not (model or network or peers or slow)'
+	$(RUN) -m pytest -q $(PARALLEL) -m 'short and not (model or network or peers or slow)'
 
 test-slow: $(VENV)/.installed
-	$(RUN) -m pytest -q -m 'slow and not (model or network or peers)'
+	$(RUN) -m pytest -q $(PARALLEL) -m 'slow and not (model or network or peers)'
 
 test-model: $(VENV)/.installed  ## The tests on the released model.
 	$(RUN) -m pytest -q -m 'model and not peers'

@@ -26,7 +26,7 @@ _EXTRAS = {
       )
     ),
   ],
-  'test': ['pytest>=8', 'hypothesis', 'scipy'],
+  'test': ['pytest>=8', 'pytest-xdist', 'hypothesis', 'scipy'],
   'dev': ['ruff', 'pre-commit'],
   'notebooks': ['jupytext', 'nbclient', 'ipykernel'],
 }
