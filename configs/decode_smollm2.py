@@ -5,7 +5,7 @@
 
 All 80 MT-bench questions and the first 80 HumanEval problems, 64 new tokens,
 batch 1 and 8. `configs/decode_smollm2.py:demo` is what `make demo` runs: 8
-problems, 40 tokens.
+problems, 40 tokens, n-grams and the trained drafts that come with the package.
 
 Hardware: two CPU cores, 4 GB of memory. The demo takes 5 to 7 minutes with
 downloads and compilation, the whole run some 75 minutes. Expect 1.3x plain on
@@ -35,6 +35,8 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   # Each is 'drafter' or 'drafter/verifier', with ', LENGTH' for a fixed draft:
   # of trees, the one of that many tokens; 'medusa chain, 3' is no tree.
   config.methods = ('n-gram', 'early exit, 3', 'draft model, 3')
+  if demo:
+    config.methods = ('n-gram', 'medusa, 7', 'eagle, 7')
   config.fixed_lengths = (3, 7)  # of n-gram, beside the adaptive one
   config.exit_layers = 10
   config.draft_every = 3  # the draft model: every third layer, untrained

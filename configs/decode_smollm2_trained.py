@@ -8,10 +8,11 @@
       --workdir=runs/decode_trained_sampled
 
 Medusa's heads as a chain and as trees, and the one-layer draft (EAGLE) as
-chains and trees, on 8 questions of MT-bench and 8 problems of HumanEval, batch
-1. The drafts are shipped with the package; `train_medusa` and `train_draft`
-make them anew. `:sampled` is temperature 1 with exact verification. `:trees` is
-the table of trees against chains at equal numbers of nodes.
+chains, trees, and trees that grow where it is sure, on 8 questions of MT-bench
+and 8 problems of HumanEval, batch 1. The drafts are shipped with the package;
+`train_medusa` and `train_draft` make them anew. `:sampled` is temperature 1 with
+exact verification. `:trees` is the table of trees against chains at equal
+numbers of nodes.
 
 Hardware: two CPU cores, 4 GB of memory; under 10 minutes each.
 """
@@ -38,6 +39,7 @@ def get_config(kind: str = 'greedy') -> ml_collections.ConfigDict:
     'medusa',
     'eagle chain, 3',
     'eagle, 7',
+    'eagle dynamic, 7',
     'eagle',
     'n-gram',
   )
@@ -48,11 +50,14 @@ def get_config(kind: str = 'greedy') -> ml_collections.ConfigDict:
       'eagle chain/block, 3',
       'eagle chain/token, 3',
       'eagle, 7',
+      'eagle dynamic, 7',
       'n-gram/block',
     )
   if kind == 'trees':
     config.methods = tuple(
-      f'{name}, {size}' for name in ('medusa', 'eagle') for size in _SIZES
+      f'{name}, {size}'
+      for name in ('medusa', 'eagle', 'eagle dynamic')
+      for size in _SIZES
     ) + (
       'medusa chain, 4',
       *(f'eagle chain, {size}' for size in _SIZES[:2]),

@@ -21,6 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.num_prompts = 2
   config.max_new_tokens = 24
   config.batches = (1, 2)
+  config.methods = ('n-gram', 'early exit, 3', 'draft model, 3')
   config.fixed_lengths = (3,)
   config.trained.medusa = config.trained.eagle = ''
   config.exit_layers = 1

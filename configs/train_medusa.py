@@ -39,7 +39,7 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
       'blocks': 1,
       'own': False,  # an output head of its own for each head
       'rank': 0,  # of a correction to the shared output head
-      'markov': 8 if tiny else 64,  # of a bias by the token before the guess
+      'markov': 8 if tiny else 32,  # of a bias by the token before the guess
       'confidence': tiny,  # whether heads learn how much to trust a guess
     }
   )

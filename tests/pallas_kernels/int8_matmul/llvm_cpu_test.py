@@ -1,4 +1,4 @@
-"""Tests of the int8 product on a CPU: the numbers of the reference, all bits."""
+"""Tests of the int8 product on a CPU: all bits are those of the reference."""
 
 import jax
 import jax.numpy as jnp
