@@ -21,10 +21,15 @@ Fields:
   new_tokens: Tokens that every candidate writes after every prompt; the
     model's own stop tokens do not end a text here.
   single: Prompts that are decoded one after another at batch 1.
-  batch: Prompts that are decoded together.
+  batch: Prompts that are decoded together; 1 leaves that out.
   repeats: Timed samples of each candidate, in turns; one more is not counted.
+  methods: Our ways of decoding beside plain, as configs/decode_smollm2.py has
+    them.
+  exit_layers, draft_every, trained: Drafts of these, likewise.
   peers: Other tools to compare with, at batch 1.
   prompt_lookup: Tokens that prompt lookup of transformers drafts.
+  assistant_tokens: Tokens that the assistant model of transformers drafts; it
+    is our draft model.
 """
 
 import ml_collections
@@ -43,8 +48,19 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.single = 4
   config.batch = 8
   config.repeats = 5
+  config.methods = ('n-gram',)
+  config.exit_layers = 10
+  config.draft_every = 3
+  config.trained = ml_collections.ConfigDict(
+    {
+      'medusa': 'smollm2-135m-medusa',
+      'eagle': 'smollm2-135m-eagle',
+      'draft_model': '',
+    }
+  )
   config.peers = ('transformers', 'transformers, prompt lookup', 'llama.cpp')
   config.prompt_lookup = 10
+  config.assistant_tokens = 3
   if variant == 'tiny':
     config.model = 'untrained'
     config.prompts = ('inline',)
@@ -54,6 +70,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     config.single = 2
     config.batch = 2
     config.repeats = 2
+    config.draft_every = 2
     config.peers = ()
   elif variant:
     raise ValueError(f"variant {variant!r} is unknown; there is 'tiny'.")

@@ -217,7 +217,6 @@ def stream(
   state = start(engine, encoded, max_new_tokens, settings, keys, slots)
   jax.block_until_ready(state.length)
   prefilled = time.perf_counter()
-  [None] * len(prompts)
   while True:
     state = run(engine, state, costs, rounds, force_length)
     done = np.asarray(state.done)

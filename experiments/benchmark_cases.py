@@ -1,5 +1,6 @@
 """What `benchmark_decode` measures, a row each."""
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -9,20 +10,27 @@ import jax
 import ml_collections
 import numpy as np
 
+from efficiency_jax import drafts
 from efficiency_jax import engine as engine_lib
 from efficiency_jax import generation
 from efficiency_jax import trees
+from efficiency_jax.decoding import draft_model
 from efficiency_jax.decoding import prefill
 from efficiency_jax.decoding import sampling
 from efficiency_jax.evaluation import speed
 from efficiency_jax.io import assets
 from efficiency_jax.io import export
+from efficiency_jax.io import pretrained
 from efficiency_jax.models import cache as kv_cache
+from efficiency_jax.models import layers
 from experiments import candidates
 from experiments import peers
 from experiments import workdir as workdirs
 
-PLAIN, NGRAM = 'plain', 'n-gram, adaptive'
+PLAIN = 'plain'
+
+# Of the comparison with a tool's own plain decoding.
+_OWN = ('speedup', 'speedup_spread', 'texts_equal')
 
 
 def measure_memory() -> workdirs.Row:
@@ -39,25 +47,33 @@ def measure_memory() -> workdirs.Row:
   }
 
 
-def round_rows(config, workdir, engine, batch: int) -> list[workdirs.Row]:
-  """The cost table: seconds a round of each draft length."""
-  costs = functools.cache(
-    lambda: engine_lib.measured_costs(
+def round_rows(config, workdir, engines, batch: int) -> list[workdirs.Row]:
+  """The cost table: seconds a round of each method and draft length."""
+
+  @functools.cache
+  def seconds(name: str) -> np.ndarray:
+    engine = engines[name]
+    return engine_lib.measured_costs(
       engine, sampling.GREEDY, batch, slots(config, engine)
     )
-  )
+
+  def make(name: str, place: int, length: int) -> workdirs.Row:
+    return {
+      'method': f'round of {length} drafts, {name}',
+      'baseline': f'round of 0 drafts, {PLAIN}',
+      'batch': batch,
+      'drafter': name,
+      'draft_length': length,
+      'milliseconds_per_round': 1e3 * float(seconds(name)[place]),
+      'relative_cost': float(seconds(name)[place] / seconds(PLAIN)[0]),
+    }
+
   return [
     workdir.row(
-      f'round/{batch}/{length}',
-      lambda place=place, length=length: {
-        'method': f'round of {length} drafts',
-        'baseline': 'round of 0 drafts',
-        'batch': batch,
-        'draft_length': length,
-        'milliseconds_per_round': 1e3 * float(costs()[place]),
-        'relative_cost': float(costs()[place] / costs()[0]),
-      },
+      f'round/{batch}/{name}/{length}',
+      functools.partial(make, name, place, length),
     )
+    for name, engine in engines.items()
     for place, length in enumerate(engine.decoder.schedule.lengths)
   ]
 
@@ -65,16 +81,25 @@ def round_rows(config, workdir, engine, batch: int) -> list[workdirs.Row]:
 def speed_rows(
   config, workdir, lm, engines, groups, rounds
 ) -> list[workdirs.Row]:
-  """Decodes all groups with every method, and compares with plain decoding."""
+  """Decodes all groups with every method, and compares with plain decoding.
+
+  A row's `speedup` is over our plain decoding, its `own_speedup` over that of
+  the same tool.
+  """
   batch = len(groups[0])
   others = config.peers if batch == 1 else ()
   notes = {name: peers.missing(name) for name in others}
-  costs = np.array([r['milliseconds_per_round'] for r in rounds]) / 1e3
+  costs = {
+    name: [
+      r['milliseconds_per_round'] / 1e3 for r in rounds if r['drafter'] == name
+    ]
+    for name in engines
+  }
 
   @functools.cache
   def samples() -> dict[str, list[candidates.Sample]]:
     ways = {
-      name: functools.partial(write, config, engine, groups, costs)
+      name: functools.partial(write, config, engine, groups, costs[name])
       for name, engine in engines.items()
     }
     present = [name for name in others if not notes[name]]
@@ -87,7 +112,10 @@ def speed_rows(
     row = {'method': name, 'baseline': PLAIN, 'batch': batch}
     if notes.get(name):
       return row | {'note': notes[name]}
-    row |= candidates.summary(samples()[name], samples()[PLAIN])
+    mine, own_plain = samples()[name], samples()[peers.PLAIN.get(name, PLAIN)]
+    own = candidates.summary(mine, own_plain)
+    row |= candidates.summary(mine, samples()[PLAIN])
+    row |= {f'own_{field}': own[field] for field in _OWN}
     if name in engines:
       return row | read_program(config, lm, engines[name], batch)
     whole = name != peers.LLAMA_CPP
@@ -114,7 +142,7 @@ def write(config, engine, groups, costs) -> candidates.Sample:
       prompts,
       max_new_tokens=config.new_tokens,
       slots=slots(config, engine),
-      costs=costs if len(engine.decoder.schedule.lengths) > 1 else None,
+      costs=np.array(costs),
     )
     samples.append(
       candidates.Sample(
@@ -148,7 +176,7 @@ def read_program(config, lm, engine, batch: int) -> workdirs.Row:
     if leaf.ndim > 1
   }
   return {
-    'weight_bytes': trees.count_bytes(lm.params),
+    'weight_bytes': trees.count_bytes(engine.weights),
     'cache_copies_in_loop': found['copy', cache.keys[0].shape],
     'weight_converts_in_loop': sum(
       count
@@ -170,6 +198,13 @@ def load_peers(config, lm, names, prompts) -> dict[str, candidates.Candidate]:
       if name == peers.LLAMA_CPP:
         room = config.max_prompt_tokens + config.new_tokens
         decoders[name] = peers.llama_cpp(file_of(config), room)
+      elif name == peers.ASSISTED:
+        small = export.save(
+          assistant(lm, config), pathlib.Path(folder) / 'assistant'
+        )
+        decoders[name] = peers.transformers(
+          saved(), config.assistant_tokens, small
+        )
       else:
         lookup = config.prompt_lookup if name == peers.LOOKUP else None
         decoders[name] = peers.transformers(saved(), lookup)
@@ -177,6 +212,29 @@ def load_peers(config, lm, names, prompts) -> dict[str, candidates.Candidate]:
     name: functools.partial(decoder, prompts, config.new_tokens)
     for name, decoder in decoders.items()
   }
+
+
+def assistant(
+  lm: pretrained.LanguageModel, config: ml_collections.ConfigDict
+) -> pretrained.LanguageModel:
+  """The draft model of our own rows, as a whole model for other tools.
+
+  It is the one that `config.trained.draft_model` names, with the output head of
+  the target, or else every `config.draft_every`-th layer of the target.
+  """
+  name = config.trained.get('draft_model', '')
+  if name:
+    path = name if name.endswith('.safetensors') else drafts.shipped(name)
+    draft = drafts.load(path, lm)
+    form = dataclasses.replace(draft.form, vocabulary=None)
+    small = form.config
+    params = draft_model.weights(form, draft.params, lm.params)
+  else:
+    kept = range(0, lm.config.num_layers, config.draft_every)
+    small, params = layers.select(lm.config, lm.params, kept)
+  return dataclasses.replace(
+    lm, name=f'draft of {lm.name}', config=small, params=params
+  )
 
 
 def file_of(config: ml_collections.ConfigDict) -> pathlib.Path:

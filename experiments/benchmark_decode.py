@@ -8,7 +8,6 @@ rate is that of writing: reading the prompts has a column of its own.
 """
 
 from collections.abc import Sequence
-import functools
 import sys
 
 import ml_collections
@@ -21,6 +20,7 @@ from experiments import display
 from experiments import figures
 from experiments import inputs
 from experiments import launch
+from experiments import methods as ways
 from experiments import peers
 from experiments import workdir as workdirs
 
@@ -32,18 +32,14 @@ def experiment(
   check(config)
   lm = inputs.load_model(config)
   prompts = load_prompts(lm, config)
-  prepare = functools.partial(engine_lib.prepare, lm, stop=False)
-  engines = {
-    cases.PLAIN: prepare(drafter='plain'),
-    cases.NGRAM: prepare(drafter='n-gram'),
-  }
+  engines = load_engines(lm, config)
   memory = workdir.row('memory', cases.measure_memory)
   rows = [memory]
-  for batch, groups in (
-    (1, [[prompt] for prompt in prompts[: config.single]]),
-    (config.batch, [prompts[: config.batch]]),
-  ):
-    rounds = cases.round_rows(config, workdir, engines[cases.NGRAM], batch)
+  groups_of = {1: [[prompt] for prompt in prompts[: config.single]]}
+  if config.batch > 1:
+    groups_of[config.batch] = [prompts[: config.batch]]
+  for batch, groups in groups_of.items():
+    rounds = cases.round_rows(config, workdir, engines, batch)
     speeds = cases.speed_rows(config, workdir, lm, engines, groups, rounds)
     for row in speeds:
       if 'tokens_per_second' in row:
@@ -65,9 +61,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     ('max_prompt_tokens', 1),
     ('new_tokens', 2),  # a rate needs what follows the first
     ('single', 1),
-    ('batch', 2),
+    ('batch', 1),
     ('repeats', 1),
     ('prompt_lookup', 1),
+    ('assistant_tokens', 1),
   ):
     if config[field] < least:
       raise ValueError(
@@ -75,6 +72,25 @@ def check(config: ml_collections.ConfigDict) -> None:
       )
   for name in config.peers:
     peers.missing(name)
+    if peers.PLAIN[name] not in config.peers:
+      raise ValueError(
+        f'--config.peers names {name!r}, which is compared with'
+        f' {peers.PLAIN[name]!r}: name that too.'
+      )
+
+
+def load_engines(
+  lm: pretrained.LanguageModel, config: ml_collections.ConfigDict
+) -> dict[str, engine_lib.Engine]:
+  """Our ways of decoding: plain, and those of `config.methods`.
+
+  All are greedy, and no stop token ends a text.
+  """
+  settings = ml_collections.ConfigDict(
+    config.to_dict()
+    | {'sampling': {'temperature': 0.0}, 'stop': False, 'fixed_lengths': ()}
+  )
+  return {method.name: method.engine for method in ways.build(lm, settings)}
 
 
 def load_prompts(

@@ -12,6 +12,7 @@ SPEEDS = {
   'tokens_per_second_spread': 'spread',
   'speedup': 'speed-up',
   'speedup_spread': 'spread',
+  'own_speedup': 'over own plain',
   'milliseconds_per_step': 'ms/step',
   'tokens_per_step': 'tokens/step',
   'roofline_fraction': 'of roofline',
@@ -26,7 +27,9 @@ SHOWN = (
   'batch',
   'tokens_per_second',
   'speedup',
+  'own_speedup',
   'milliseconds_per_step',
+  'tokens_per_step',
   'roofline_fraction',
   'note',
 )
@@ -38,10 +41,11 @@ PROGRAMS = {
   'temporary_bytes': 'temporary bytes',
 }
 ROUNDS = {
+  'drafter': 'method',
   'batch': 'batch',
   'draft_length': 'draft length',
   'milliseconds_per_round': 'ms/round',
-  'relative_cost': 'cost over length 0',
+  'relative_cost': 'cost over plain',
 }
 
 
@@ -63,8 +67,10 @@ def report(config, rows: Sequence[workdirs.Row], image: str) -> str:
 
 Medians of {config.repeats} turns and interquartile ranges; {config.new_tokens}
 new tokens after each prompt, {config.single} prompts one by one at batch 1. A
-speed-up is over our plain decoding of the same batch. Equal texts have the
-tokens of plain decoding, all of them. The roofline is one read of the method's
+speed-up is over our plain decoding of the same batch; that over own plain is
+over the plain decoding of the same tool. Equal texts have the tokens of our
+plain decoding, all of them. Tokens a step of one prompt are those that a pass
+of the target gives: 1 without a draft. The roofline is one read of the method's
 own weights a step, with one token a prompt, at the {read:.1f} GB/s that a
 compiled sum reads here: drafting may pass it. The load average before the run
 was {load:.1f}; a machine at rest has one near 0.

@@ -101,7 +101,9 @@ def speeds(rows: Sequence[Mapping[str, Any]]) -> 'figures.Figure':
       places,
       rates,
       xerr=[row.get('tokens_per_second_spread', 0) / 2 for row in group],
-      color=['#1f6fb4' if n < 2 else '#b8bcc2' for n in places],
+      color=[
+        '#1f6fb4' if 'temporary_bytes' in row else '#b8bcc2' for row in group
+      ],
       height=0.62,
       error_kw={'ecolor': '#444444', 'elinewidth': 1, 'capsize': 2},
     )

@@ -18,13 +18,22 @@ Decode = Callable[[Prompts, int], candidates.Sample]
 
 
 TRANSFORMERS, LOOKUP = 'transformers', 'transformers, prompt lookup'
+ASSISTED = 'transformers, assistant'
 LLAMA_CPP = 'llama.cpp'
 _PACKAGES = {
   TRANSFORMERS: ('torch', 'transformers'),
   LOOKUP: ('torch', 'transformers'),
+  ASSISTED: ('torch', 'transformers'),
   LLAMA_CPP: ('llama_cpp',),
 }
 NAMES = tuple(_PACKAGES)
+# The plain decoding of each tool, which its speculative one should outrun.
+PLAIN = {
+  TRANSFORMERS: TRANSFORMERS,
+  LOOKUP: TRANSFORMERS,
+  ASSISTED: TRANSFORMERS,
+  LLAMA_CPP: LLAMA_CPP,
+}
 
 
 def missing(name: str) -> str | None:
@@ -37,12 +46,18 @@ def missing(name: str) -> str | None:
   return None
 
 
-def transformers(directory: pathlib.Path, lookup: int | None = None) -> Decode:
+def transformers(
+  directory: pathlib.Path,
+  drafted: int | None = None,
+  assistant: pathlib.Path | None = None,
+) -> Decode:
   """Greedy decoding by transformers on PyTorch, in float32 on all cores.
 
   Args:
     directory: A model in the layout of Hugging Face.
-    lookup: Tokens that prompt lookup drafts; None decodes plainly.
+    drafted: Tokens drafted before each pass; None decodes plainly.
+    assistant: The model that drafts them, in the same layout; None is prompt
+      lookup.
   """
   import torch
   import transformers as hf
@@ -50,12 +65,25 @@ def transformers(directory: pathlib.Path, lookup: int | None = None) -> Decode:
   torch.set_num_threads(_cores())
   hf.utils.logging.set_verbosity_error()
   hf.utils.logging.disable_progress_bar()
-  model = hf.AutoModelForCausalLM.from_pretrained(
-    directory, dtype=torch.float32
-  ).eval()
-  # Every candidate writes the same number of tokens.
-  model.generation_config.eos_token_id = None
-  options = {'prompt_lookup_num_tokens': lookup} if lookup else {}
+
+  def load(directory: pathlib.Path) -> hf.PreTrainedModel:
+    model = hf.AutoModelForCausalLM.from_pretrained(
+      directory, dtype=torch.float32
+    ).eval()
+    # Every candidate writes the same number of tokens.
+    model.generation_config.eos_token_id = None
+    return model
+
+  model, options = load(directory), {}
+  if drafted and assistant:
+    helper = load(assistant)
+    # As many tokens every time, however unsure it is of them.
+    helper.generation_config.num_assistant_tokens = drafted
+    helper.generation_config.num_assistant_tokens_schedule = 'constant'
+    helper.generation_config.assistant_confidence_threshold = 0.0
+    options = {'assistant_model': helper}
+  elif drafted:
+    options = {'prompt_lookup_num_tokens': drafted}
 
   def one(prompt: Sequence[int], budget: int) -> candidates.Sample:
     ends = []

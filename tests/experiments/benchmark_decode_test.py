@@ -3,22 +3,30 @@
 import json
 import pathlib
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from efficiency_jax import drafts
+from efficiency_jax.decoding import draft_model
 from efficiency_jax.io import untrained
+from efficiency_jax.models import transformer
 from experiments import benchmark_cases
 from experiments import benchmark_decode
+from experiments import candidates
 from experiments import launch
 from experiments import peers
+from experiments import workdir as workdirs
 
-CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'benchmark_decode.py'
+CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
+CONFIG = CONFIGS / 'benchmark_decode.py'
 
 
-def _run(workdir, *flags):
+def _run(workdir, *flags, config=CONFIG):
   benchmark_decode.main(
     [
       'benchmark_decode',
-      f'--config={CONFIG}:tiny',
+      f'--config={config}:tiny',
       f'--workdir={workdir}',
       '--nocompilation_cache',
       *flags,
@@ -46,16 +54,18 @@ def test_every_candidate_has_a_row(made):
   assert rows['memory read', None]['bytes_per_second'] > 0
   for batch in (1, 2):
     plain = rows['plain', batch]
-    drafted = rows['n-gram, adaptive', batch]
+    drafted = rows['n-gram', batch]
     assert plain['baseline'] == drafted['baseline'] == 'plain'
-    assert plain['speedup'] == 1
+    assert plain['speedup'] == plain['own_speedup'] == 1
     assert plain['tokens_per_step'] == batch
     assert plain['texts_equal'] == drafted['texts_equal'] == 2
     assert drafted['tokens_per_second'] > 0
     assert drafted['roofline_fraction'] == pytest.approx(
       drafted['tokens_per_second'] / drafted['roofline_tokens_per_second']
     )
-    assert rows['round of 0 drafts', batch]['relative_cost'] == 1
+    assert drafted['own_speedup'] == drafted['speedup']
+    assert rows['round of 0 drafts, plain', batch]['relative_cost'] == 1
+    assert rows['round of 15 drafts, n-gram', batch]['relative_cost'] > 0
   assert rows['transformers', 1]['note'] == 'transformers not installed'
   assert ('transformers', 2) not in rows
 
@@ -104,11 +114,80 @@ def test_a_finished_run_measures_nothing_again(made, monkeypatch):
   assert [r['note'] for r in after if 'note' in r] == ['still missing']
 
 
+@pytest.mark.slow
+def test_drafts_are_measured_one_prompt_at_a_time(tmp_path):
+  workdir = tmp_path / 'run'
+  _run(workdir, config=CONFIGS / 'benchmark_drafts.py')
+  rows = {row['method']: row for row in _rows(workdir)}
+  assert {row.get('batch') for row in rows.values()} == {1, None}
+  drafted = rows['draft model, 3']
+  assert drafted['texts_equal'] == drafted['texts'] == 2
+  # Beside the target's weights, those of the draft are its own.
+  assert drafted['weight_bytes'] > rows['plain']['weight_bytes']
+  assert rows['round of 3 drafts, draft model, 3']['relative_cost'] > 0
+
+
+def _sample(seconds, text):
+  return candidates.Sample(
+    tokens=[text],
+    prefill_seconds=1.0,
+    decode_seconds=seconds,
+    decoded=len(text),
+    steps=2,
+  )
+
+
+def test_a_tool_is_compared_with_its_own_plain_decoding(tmp_path, monkeypatch):
+  config = launch.load_config(f'{CONFIG}:tiny')
+  config.peers = (peers.TRANSFORMERS, peers.ASSISTED)
+  made = {
+    'plain': [_sample(1.0, [1, 2])],
+    peers.TRANSFORMERS: [_sample(4.0, [1, 3])],
+    peers.ASSISTED: [_sample(2.0, [1, 3])],
+  }
+  monkeypatch.setattr(peers, 'missing', lambda name: None)
+  monkeypatch.setattr(benchmark_cases, 'load_peers', lambda *_: {})
+  monkeypatch.setattr(candidates, 'take_turns', lambda *_, **__: made)
+  workdir = workdirs.Workdir(
+    tmp_path / 'run', experiment='x', config={}, command=['x']
+  )
+  monkeypatch.setattr(benchmark_cases, 'read_program', lambda *_: {})
+  _, plain, assisted = benchmark_cases.speed_rows(
+    config, workdir, untrained.language_model(), {'plain': None}, [[[1]]], []
+  )
+  assert (plain['speedup'], plain['own_speedup']) == (0.25, 1)
+  assert (assisted['speedup'], assisted['own_speedup']) == (0.5, 2)
+  assert (assisted['texts_equal'], assisted['own_texts_equal']) == (0, 1)
+
+
+@pytest.mark.parametrize('trained', [False, True])
+def test_the_assistant_of_others_is_our_draft_model(tmp_path, trained):
+  lm = untrained.language_model()
+  config = launch.load_config(f'{CONFIG}:tiny')
+  config.methods = ('draft model, 3',)
+  if trained:
+    form = draft_model.Form(target=lm.config, layers=(1,), ffn_width=20)
+    draft = draft_model.TrainedDraft(
+      form=form, params=draft_model.init(form, lm.params)
+    )
+    path = tmp_path / 'draft.safetensors'
+    drafts.save(path, draft, lm=lm, card={})
+    config.trained.draft_model = str(path)
+  engine = benchmark_decode.load_engines(lm, config)['draft model, 3']
+  small = benchmark_cases.assistant(lm, config)
+  assert small.config.num_layers == 1
+  tokens = jnp.array([[1, 2, 3]])
+  ours, _ = engine.decoder.drafter.apply(engine.weights.draft, tokens)
+  theirs, _ = transformer.apply_fn(small.config)(small.params, tokens)
+  np.testing.assert_allclose(theirs.logits, ours.logits, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [
     ('--config.peers=("vllm",)', "peer 'vllm' is unknown; there are transf"),
-    ('--config.batch=1', '--config.batch must be >= 2, got 1.'),
+    ('--config.peers=("transformers, assistant",)', 'name that too.'),
+    ('--config.batch=0', '--config.batch must be >= 1, got 0.'),
     ('--config.batch=9', 'leaves 2 of the 9 prompts that are needed'),
     ('--config.max_prompt_tokens=3', 'leaves 0 of the 2 prompts'),
   ],

@@ -17,7 +17,38 @@ SIZES = {
   'flash_attention': {
     'LENGTHS = (1024, 2048, 4096, 8192)': 'LENGTHS = (512, 1024)'
   },
+  'speculative_decoding': {
+    # A byte is a token of the random model.
+    'SLOTS = 192': 'SLOTS = 384',
+    'NEW_TOKENS = 48': 'NEW_TOKENS = 16',
+    'TURNS = 3': 'TURNS = 1',
+    'arithmetic_rate()': 'arithmetic_rate(256)',
+    'read_bandwidth()': 'read_bandwidth(2**22)',
+    "lm = pretrained.load('smollm2-135m')": """
+from efficiency_jax.decoding import eagle, medusa, token_tree
+from efficiency_jax.io import untrained
+lm = untrained.language_model()
+""",
+    "heads = drafts.load(drafts.shipped('smollm2-135m-medusa'), lm)": """
+form = medusa.Heads(vocabulary=99, markov=8)
+heads = medusa.TrainedHeads(
+  form=form,
+  params=medusa.init(form, jax.random.key(1), 64, 257, {}),
+  vocabulary=jnp.arange(30, 129),
+  trees=(token_tree.TokenTree((-1, 0, 0, 0, 0, 2, 5, 6)),),
+)
+""",
+    "layer = drafts.load(drafts.shipped('smollm2-135m-eagle'), lm)": """
+form = eagle.Form(target=lm.config, vocabulary=99)
+layer = eagle.TrainedDraft(
+  form=form,
+  params=eagle.init(form, jax.random.key(2), lm.params),
+  vocabulary=jnp.arange(30, 129),
+)
+""",
+  },
 }
+SLOW = {'speculative_decoding'}  # to compile
 # What the text between the cells says of the results.
 CLAIMS = {
   'flash_attention': """
@@ -28,6 +59,20 @@ of_naive, *others = [scratch for _, scratch in results[n].values()]
 assert all(scratch < of_naive / 2 for scratch in others)
 matrix, (of_naive, kept, again) = 4 * n * n, backward_scratch.values()
 assert min(of_naive, kept) > matrix > 3 * again
+""",
+  'speculative_decoding': """
+assert right == 0 < wrong
+assert sum(len(happened.kept) + 1 for happened in rounds) == len(text)
+assert tokens_a_round['plain'] == plain_passes['plain'] == 1
+""",
+}
+# The same, where random weights do not show it.
+OF_THE_MODEL = {
+  'speculative_decoding': """
+drafted = list(tokens_a_round.values())[1:]
+assert min(drafted) > 1.3
+assert max(len(happened.kept) for happened in rounds) >= 2  # a path to draw
+assert all(1 <= ratio < 1.5 for ratio in bound.values())
 """,
 }
 
@@ -52,25 +97,43 @@ def test_there_are_notebooks():
   assert set(NAMES) == set(SIZES) == set(CLAIMS)
 
 
-@pytest.mark.parametrize('path', SOURCES, ids=NAMES)
+def _run(source: str, script: pathlib.Path, timeout: int) -> None:
+  """Runs a source from a folder of its own; warnings are errors."""
+  script.write_text(source, encoding='utf-8')
+  # The backend has no window, and says so at each plt.show().
+  quiet = 'ignore:FigureCanvasAgg is non-interactive:UserWarning'
+  run = subprocess.run(
+    [sys.executable, '-W', 'error', '-W', quiet, str(script)],
+    cwd=script.parent,
+    env=os.environ | {'MPLBACKEND': 'Agg', 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+  )
+  assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+  'path',
+  [
+    pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem in SLOW))
+    for p in SOURCES
+  ],
+)
 def test_the_source_runs_in_a_fresh_process(path, tmp_path):
   source = path.read_text(encoding='utf-8')
   for large, small in SIZES[path.stem].items():
     assert source.count(large) == 1
     source = source.replace(large, small)
-  script = tmp_path / path.name
-  script.write_text(source + CLAIMS[path.stem], encoding='utf-8')
-  # The backend has no window, and says so at each plt.show().
-  quiet = 'ignore:FigureCanvasAgg is non-interactive:UserWarning'
-  run = subprocess.run(
-    [sys.executable, '-W', 'error', '-W', quiet, str(script)],
-    cwd=tmp_path,
-    env=os.environ | {'MPLBACKEND': 'Agg', 'PYTHONPATH': str(ROOT)},
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
-  assert run.returncode == 0, run.stderr[-2000:]
+  _run(source + CLAIMS[path.stem], tmp_path / path.name, timeout=240)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize('name', OF_THE_MODEL)
+def test_the_source_runs_on_the_released_model(name, tmp_path):
+  source = (SOURCES[0].parent / f'{name}.py').read_text(encoding='utf-8')
+  source += CLAIMS[name] + OF_THE_MODEL[name]
+  _run(source, tmp_path / f'{name}.py', timeout=600)
 
 
 @pytest.mark.parametrize('path', SOURCES, ids=NAMES)

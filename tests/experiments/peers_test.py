@@ -1,5 +1,6 @@
 """Other tools must do the same work as ours before they are timed."""
 
+import dataclasses
 import importlib.util
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from efficiency_jax import generation
 from efficiency_jax.io import export
 from efficiency_jax.io import untrained
+from efficiency_jax.models import layers as model_layers
 from experiments import peers
 from tests.efficiency_jax.io import tiny_models
 
@@ -38,6 +40,26 @@ def test_transformers_writes_our_tokens(tmp_path, lookup):
   else:
     assert sample.steps <= sample.decoded < len(PROMPTS) * BUDGET
   assert min(sample.prefill_seconds, sample.decode_seconds) > 0
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize('layers', [(0, 1), (0,)])
+def test_an_assistant_drafts_for_transformers(tmp_path, layers):
+  lm = tiny_models.model('llama')
+  config, params = model_layers.select(lm.config, lm.params, layers)
+  small = dataclasses.replace(lm, config=config, params=params)
+  decode = peers.transformers(
+    export.save(lm, tmp_path / 'model'),
+    3,
+    export.save(small, tmp_path / 'assistant'),
+  )
+  sample = decode(PROMPTS, BUDGET)
+  assert sample.tokens == _ours(lm)
+  assert sample.steps <= sample.decoded
+  if len(layers) == lm.config.num_layers:
+    # The target's own guesses are right. Of 12 tokens a pass writes four, and
+    # that over the prompt too.
+    assert (sample.decoded, sample.steps) == (16, 4)
 
 
 @pytest.mark.peers
