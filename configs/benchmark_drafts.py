@@ -10,7 +10,8 @@ that distill_draft made. A tool's gain is that over its own plain decoding.
 
 Two CPU cores and 8 GB of memory, on a machine that does nothing else. Run it
 with the Python of .venv-peers (make test-peers). `:tiny` after the file's name
-runs every part of it in seconds, on random weights and without peers. The fields are those of configs/benchmark_decode.py.
+runs every part of it in seconds, on random weights and without peers. The
+fields are those of configs/benchmark_decode.py.
 """
 
 import ml_collections
