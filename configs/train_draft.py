@@ -11,7 +11,8 @@ drafted tokens are trained for. `configs/train_draft.py:tiny` is a check on
 random weights and the answers of `configs/answer_chats.py:tiny`.
 
 Hardware: two CPU cores, 6 GB of memory, 26 minutes. Expect the first drafted
-token to be right in 40 % of the places of held-out answers.
+token to be right in 40 % of the places of held-out answers. The shipped
+draft was made so of 1,024 answers.
 """
 
 import ml_collections

@@ -58,15 +58,6 @@ class _Kind:
   form: type
   init: Callable[[Any, LanguageModel], Params]
 
-  @property
-  def has_trees(self) -> bool:
-    """Whether its drafts have shapes to choose from."""
-    return _has_field(self.draft, 'trees')
-
-
-def _has_field(cls: type, name: str) -> bool:
-  return name in {field.name for field in dataclasses.fields(cls)}
-
 
 def _medusa_init(form: medusa.Heads, lm: LanguageModel) -> Params:
   tokens = None
@@ -153,7 +144,7 @@ def save(
   facts = {
     'kind': kind(draft),
     'form': form,
-    'trees': _parents(draft) if known.has_trees else [],
+    'trees': _parents(draft),
     'target': {
       'name': lm.name,
       'tokenizer': lm.tokenizer.fingerprint,
@@ -195,12 +186,12 @@ def load(path: str | os.PathLike[str], lm: LanguageModel) -> Draft:
     problem = _mismatch(known, form, params, lm)
     if problem:
       raise errors.FileFormatError(path, problem, _REMEDY)
-    parts = {'form': form, 'params': params, 'vocabulary': vocabulary}
-    if known.has_trees:
-      parts['trees'] = tuple(
-        token_tree.TokenTree(tuple(t)) for t in facts['trees']
-      )
-    return known.draft(**parts)
+    return known.draft(
+      form=form,
+      params=params,
+      vocabulary=vocabulary,
+      trees=tuple(token_tree.TokenTree(tuple(t)) for t in facts['trees']),
+    )
 
 
 def kind(draft: Draft) -> str:
@@ -213,7 +204,7 @@ def _form(known: _Kind, fields: dict[str, Any], lm: LanguageModel) -> Any:
   values = {
     k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
   }
-  if _has_field(known.form, 'target'):
+  if 'target' in {field.name for field in dataclasses.fields(known.form)}:
     values['target'] = lm.config
   return known.form(**values)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from efficiency_jax.decoding import cost_table
 from efficiency_jax.decoding import draft_model
+from efficiency_jax.decoding import draft_trees
 from efficiency_jax.decoding import drafters
 from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import medusa
@@ -37,6 +38,9 @@ DRAFTERS = (
 
 # What is trained for one target, and drafts beside it.
 Heads = medusa.TrainedHeads | eagle.TrainedDraft | draft_model.TrainedDraft
+
+# Those that draft several guesses at a place.
+_WITH_TREES = ('draft model', 'medusa', 'eagle')
 
 # Draft lengths that an adaptive generation compiles; 0 is plain decoding.
 ADAPTIVE_LENGTHS = (0, 1, 3, 7, 15)
@@ -69,6 +73,7 @@ def prepare(
   drafter: str = 'n-gram',
   draft: LanguageModel | None = None,
   heads: Heads | None = None,
+  trees: tuple[draft_trees.Shape, ...] | None = None,
   exit_layers: int | None = None,
   draft_length: int | None = None,
   verifier: str | None = None,
@@ -84,11 +89,13 @@ def prepare(
     draft: The model of 'draft model'; must have the target's tokenizer.
     heads: What was trained for this target: the heads of 'medusa', the draft
       of 'eagle', or that of 'draft model' in place of `draft`.
+    trees: Shapes of drafts in place of those that `heads` come with; with
+      'eagle' and 'draft model' other lengths are chains.
     exit_layers: Layers that 'early exit' runs; a third of them if None.
     draft_length: Tokens a draft; None adapts it from round to round. With
       'plain' it widens the target's pass without drafting, which makes its
-      products those of verification. With 'medusa' it is the number of
-      tokens of one of its trees; with 'eagle' that, or of a chain.
+      products those of verification. With trees it is the number of tokens of
+      one of them, or of a chain.
     verifier: 'greedy', 'token', 'block', 'coupled' or 'typical'; None takes
       greedy, or else block, or coupled for trees.
     greedy: Whether every row will be greedy.
@@ -107,8 +114,14 @@ def prepare(
       f'draft_length must be >= {smallest} with drafter {drafter!r}, got'
       f' {draft_length}.'
     )
-  trees = drafter in ('medusa', 'eagle') and heads and heads.trees
-  sampled = 'coupled' if drafter == 'medusa' or trees else 'block'
+  if drafter not in _WITH_TREES:
+    if trees:
+      raise ValueError(
+        f'drafter {drafter!r} takes no trees; {", ".join(_WITH_TREES)} do.'
+      )
+  elif trees is None:
+    trees = heads.trees if heads else ()
+  sampled = 'coupled' if trees else 'block'
   verifier = verifier or ('greedy' if greedy else sampled)
   if verifier == 'greedy' and not greedy:
     raise ValueError(
@@ -116,6 +129,8 @@ def prepare(
       " 'coupled'."
     )
   lengths = ADAPTIVE_LENGTHS if draft_length is None else (draft_length,)
+  if draft_length is None and trees:
+    lengths = (0, *sorted(len(tree) - 1 for tree in trees))
   prior, own = (0.5,), None
   if drafter == 'plain':
     lengths = (draft_length or 0,)
@@ -128,15 +143,11 @@ def prepare(
     shallow = lm.config.truncated(layers)
     chosen = drafters.EarlyExit(apply=transformer.apply_fn(shallow))
   elif drafter == 'medusa':
-    chosen, own = _medusa(lm, heads), heads.weights
-    if draft_length is None:
-      lengths = (0, *sorted(len(tree) - 1 for tree in heads.trees))
+    chosen, own = _medusa(lm, heads, trees), heads.weights
   elif drafter == 'eagle':
-    chosen, own = _eagle(lm, heads), heads.weights
-    if draft_length is None and trees:
-      lengths = (0, *sorted(len(tree) - 1 for tree in trees))
+    chosen, own = _eagle(lm, heads, trees), heads.weights
   else:
-    chosen, own = _draft_model(lm, draft, heads)
+    chosen, own = _draft_model(lm, draft, heads, trees)
   decoder = speculative.Decoder(
     apply=transformer.apply_fn(lm.config),
     drafter=chosen,
@@ -153,7 +164,9 @@ def prepare(
 
 
 def _medusa(
-  lm: LanguageModel, heads: medusa.TrainedHeads | None
+  lm: LanguageModel,
+  heads: medusa.TrainedHeads | None,
+  trees: tuple[draft_trees.Shape, ...],
 ) -> medusa.Medusa:
   if not isinstance(heads, medusa.TrainedHeads):
     raise ValueError("drafter 'medusa' needs heads=, trained for the target.")
@@ -166,30 +179,39 @@ def _medusa(
   return medusa.Medusa(
     heads=heads.form,
     output_head=transformer.head_fn(lm.config),
-    trees=heads.trees,
+    trees=trees,
     least_chance=heads.least_chance,
   )
 
 
-def _eagle(lm: LanguageModel, draft: eagle.TrainedDraft | None) -> eagle.Eagle:
+def _eagle(
+  lm: LanguageModel,
+  draft: eagle.TrainedDraft | None,
+  trees: tuple[draft_trees.Shape, ...],
+) -> eagle.Eagle:
   if not isinstance(draft, eagle.TrainedDraft):
     raise ValueError("drafter 'eagle' needs heads=, a draft for the target.")
   _check_target(lm, draft)
-  return eagle.Eagle(form=draft.form, trees=draft.trees)
+  return eagle.Eagle(form=draft.form, trees=trees)
 
 
 def _draft_model(
   lm: LanguageModel,
   draft: LanguageModel | None,
   trained: draft_model.TrainedDraft | None,
+  trees: tuple[draft_trees.Shape, ...],
 ) -> tuple[drafters.DraftModel, Params]:
   """The drafter and its weights, of a whole model or of a cut of the target."""
   if draft is None and isinstance(trained, draft_model.TrainedDraft):
     _check_target(lm, trained)
+    # Shapes fit its vocabulary, or they are refused.
+    trained = dataclasses.replace(trained, trees=trees)
     form = trained.form
     chosen = drafters.DraftModel(
       apply=draft_model.apply_fn(form),
       init_cache=kv_cache.initializer(form.config, _dtype(lm)),
+      head=transformer.head_fn(form.config),
+      trees=trees,
     )
     return chosen, trained.weights(lm.params)
   if draft is None or trained is not None:
@@ -206,6 +228,8 @@ def _draft_model(
   chosen = drafters.DraftModel(
     apply=transformer.apply_fn(draft.config),
     init_cache=kv_cache.initializer(draft.config, _dtype(draft)),
+    head=transformer.head_fn(draft.config),
+    trees=trees,
   )
   return chosen, draft.params
 

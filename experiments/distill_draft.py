@@ -4,8 +4,9 @@
       --workdir=runs/distill_draft
 
 The answers are those of `answer_chats`, whose hidden states stand for the
-target. The run leaves `draft.safetensors`, which `decode` reads; its tables say
-how often the next tokens would be drafted right, and what chains are worth.
+target. The run leaves `draft.safetensors`, which `decode` reads, with trees of
+the best shapes; its tables say how often the next tokens would be drafted
+right, and what chains and trees are worth.
 """
 
 import functools
@@ -57,19 +58,19 @@ def experiment(
     form,
     result.params,
     frozen['target'],
-    steps=config.draft_length,
+    steps=config.tree_height,
     vocabulary=frozen.get('vocabulary'),
+    most=config.tree_choices,
   )
   found = calibration.places(ranks, splits['validation'], config.training.batch)
-  sizes = range(2, config.draft_length + 2)
-  _, table = calibration.trees(found, sizes, most=1)
-  # A draft model drafts one token after another.
-  chains = [row for row in table if row['method'] == 'chain']
+  shapes, table = calibration.trees(
+    found, config.tree_nodes, config.tree_choices
+  )
   draft = draft_model.TrainedDraft(
-    form=form, params=result.params, vocabulary=vocabulary
+    form=form, params=result.params, vocabulary=vocabulary, trees=shapes
   )
   draft_report.write(
-    workdir, result, found, chains, 'drafted token', splits['train'], draft, lm
+    workdir, result, found, table, 'drafted token', splits['train'], draft, lm
   )
 
 

@@ -1,6 +1,5 @@
 """The ways of decoding that a config names."""
 
-import dataclasses
 import functools
 import pathlib
 
@@ -29,6 +28,8 @@ _SHAPED = {
   ('medusa', 'chain'): lambda length: (token_tree.chain(length),),
   ('eagle', 'chain'): lambda length: (),
   ('eagle', 'dynamic'): _grown,
+  ('draft model', 'chain'): lambda length: (),
+  ('draft model', 'dynamic'): _grown,
 }
 
 
@@ -59,17 +60,17 @@ def build(lm, config) -> list[decoding.Method]:
       )
     heads = trained(drafter) if drafter in _SCRIPTS else None
     untrained = drafter == 'draft model' and heads is None
+    trees = None
     if shape:
       if (drafter, shape) not in _SHAPED or not length:
         shaped = ', '.join(map(' '.join, _SHAPED))
         raise ValueError(f'{name!r}: with a length there are {shaped}.')
-      heads = dataclasses.replace(
-        heads, trees=_SHAPED[drafter, shape](int(length))
-      )
+      trees = _SHAPED[drafter, shape](int(length))
     engine = engine_lib.prepare(
       lm,
       drafter=drafter,
       heads=heads,
+      trees=trees,
       draft=_cut(lm, config.draft_every) if untrained else None,
       exit_layers=config.exit_layers if drafter == 'early exit' else None,
       draft_length=int(length) if length else None,

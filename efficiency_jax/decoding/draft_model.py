@@ -17,6 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from efficiency_jax.decoding import draft_trees
 from efficiency_jax.decoding import draft_vocabulary
 from efficiency_jax.models import layers as model_layers
 from efficiency_jax.models import transformer
@@ -91,7 +92,7 @@ def weights(
   Raises:
     ValueError: `vocabulary` is not what the form says.
   """
-  _check_vocabulary(form, vocabulary)
+  draft_vocabulary.check(vocabulary, form.vocabulary)
   if vocabulary is None:
     return {**params, **{k: target[k] for k in _SHARED if k in target}}
   table = draft_vocabulary.table(target)
@@ -100,6 +101,7 @@ def weights(
     'embedding': target['embedding'],
     'head': {'table': draft_vocabulary.sub_table(table, vocabulary)},
     'columns': draft_vocabulary.columns(vocabulary, form.target.vocab_size),
+    'vocabulary': vocabulary,
   }
 
 
@@ -129,14 +131,18 @@ class TrainedDraft:
     form: Of the draft.
     params: Its trained parameters.
     vocabulary: [R] tokens that it may draft, if the form has a vocabulary.
+    trees: Shapes of drafts, if not chains alone.
   """
 
   form: Form
   params: Params
   vocabulary: jax.Array | None = None
+  trees: tuple[draft_trees.Shape, ...] = ()
 
   def __post_init__(self):
-    _check_vocabulary(self.form, self.vocabulary)
+    draft_vocabulary.check(self.vocabulary, self.form.vocabulary)
+    size = self.form.vocabulary or self.form.target.vocab_size
+    draft_trees.check(self.trees, size)
 
   def weights(self, target: Params) -> Params:
     """What `drafters.Weights.draft` holds beside this target."""
@@ -144,12 +150,3 @@ class TrainedDraft:
     if vocabulary is not None:
       vocabulary = jnp.asarray(vocabulary, jnp.int32)
     return weights(self.form, self.params, target, vocabulary)
-
-
-def _check_vocabulary(form: Form, vocabulary: jax.Array | None) -> None:
-  size = None if vocabulary is None else len(vocabulary)
-  if size != form.vocabulary:
-    raise ValueError(
-      f'vocabulary must have {form.vocabulary} tokens as the form says, got'
-      f' {size}.'
-    )

@@ -67,10 +67,11 @@ def loss(
     for name, weight in objectives
   )
   agreement = jnp.argmax(teacher, axis=-1) == jnp.argmax(student, axis=-1)
+  kept = losses.acceptance(teacher, student, batch.get('coverage'))
   metrics = {
     'loss': value,
     'agreement': losses.mean(agreement.astype(jnp.float32), mask),
-    'alpha': losses.acceptance(teacher, student, mask, batch.get('coverage')),
+    'alpha': losses.mean(kept, mask),
   }
   metrics = {k: lax.stop_gradient(v)[None] for k, v in metrics.items()}
   powers = metrics['alpha'] ** jnp.arange(length + 1)

@@ -12,6 +12,7 @@ taken once a generation. Column j of its logits is the token `vocabulary[j]`.
 from collections.abc import Iterable
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
@@ -59,6 +60,15 @@ def by_frequency(
   return order[kept].astype(np.int32)
 
 
+def check(vocabulary: jax.Array | None, size: int | None) -> None:
+  """Raises a ValueError if a form says another `size` than `vocabulary` has."""
+  found = None if vocabulary is None else len(vocabulary)
+  if found != size:
+    raise ValueError(
+      f'vocabulary must have {size} tokens as the form says, got {found}.'
+    )
+
+
 def sub_table(
   table: jax.Array,  # [V, D]
   vocabulary: jax.Array,  # [R] int32
@@ -98,6 +108,23 @@ def spread(
   edge = [(0, 0)] * (logits.ndim - 1) + [(0, 1)]
   padded = jnp.pad(logits, edge, constant_values=-jnp.inf)
   return jnp.take(padded, columns, axis=-1)
+
+
+def best(
+  logits: jax.Array,  # [..., R]
+  most: int,
+  vocabulary: jax.Array | None = None,  # [R] int32
+) -> tuple[jax.Array, jax.Array]:
+  """The most likely tokens, best first, and their log-probabilities.
+
+  Both are [..., most]; column j is the token j, or that of a vocabulary.
+  """
+  logits = logits.astype(jnp.float32)
+  top, tokens = lax.top_k(logits, most)
+  if vocabulary is not None:
+    tokens = jnp.take(vocabulary, tokens)
+  total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+  return tokens.astype(jnp.int32), top - total
 
 
 def _name(target: Params) -> str:

@@ -18,13 +18,15 @@ is given what the target thought of the text, its hidden states.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-from efficiency_jax.decoding import dynamic_tree
+from efficiency_jax.decoding import draft_trees
+from efficiency_jax.decoding import draft_vocabulary
 from efficiency_jax.decoding import sampling as sampling_lib
 from efficiency_jax.decoding import token_tree
 from efficiency_jax.decoding.prefill import prefill
@@ -33,6 +35,7 @@ from efficiency_jax.decoding.sampling import Sampling
 from efficiency_jax.decoding.verifiers import Proposal
 from efficiency_jax.types import ApplyFn
 from efficiency_jax.types import Cache
+from efficiency_jax.types import ModelOutput
 from efficiency_jax.types import Params
 
 # Tokens that a draft model behind the text takes in at a time.
@@ -79,7 +82,7 @@ class Drafter(Protocol):
   name: str
   needs_features: bool
 
-  def tree(self, length: int) -> token_tree.TokenTree | dynamic_tree.Growth:
+  def tree(self, length: int) -> draft_trees.Shape:
     """Shape of a draft of `length` tokens: `length + 1` nodes."""
     ...
 
@@ -234,23 +237,42 @@ class NGram(Chain):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DraftModel(Chain):
+class DraftModel:
   """A smaller model with the same tokenizer and a cache of its own.
+
+  A chain is sampled from its law, which a verifier is given; a tree holds its
+  best guesses after each node, so its draft is deterministic.
 
   Attributes:
     apply: The draft model.
     init_cache: `init_cache(batch, slots)` gives it an empty cache.
+    head: Its output head, of its parameters and hidden states; needed by trees
+      alone. Column j is the token `vocabulary[j]` if the parameters hold one.
+    trees: Shapes of drafts, each of another size; other lengths are chains.
   """
 
   apply: ApplyFn
   init_cache: Any
+  head: Callable[[Params, jax.Array], jax.Array] | None = None
+  trees: tuple[draft_trees.Shape, ...] = ()
   name: str = 'draft model'
   num_kinds: int = 1
+  needs_features: bool = False
+
+  def __post_init__(self):
+    draft_trees.check(self.trees)
+    if self.trees and self.head is None:
+      raise ValueError('trees need head=, the output head of the draft model.')
+
+  def tree(self, length: int) -> draft_trees.Shape:
+    """The given tree of `length + 1` nodes, or a chain."""
+    return draft_trees.of_length(self.trees, length)
 
   def init(self, weights, context, longest, hidden=None):
     """Runs the draft model over the prompts."""
     batch, slots = context.tokens.shape
-    cache = self.init_cache(batch, slots + longest)
+    room = draft_trees.room(self.trees, longest)
+    cache = self.init_cache(batch, slots + room)
     del hidden  # the target's
     cache, _ = prefill(
       self.apply, weights.draft, context.tokens, context.length, cache
@@ -258,35 +280,39 @@ class DraftModel(Chain):
     return cache
 
   def propose(self, weights, state, cache, context, length, purpose):
-    """Samples `length` tokens from the draft model, one by one.
+    """Drafts a chain or a tree after the last committed token.
 
-    It feeds the last two committed tokens first: after a fully accepted draft
-    the cache lacks the last drafted token, and feeding it always costs less
-    than a second kind of step. Only rounds that drafted nothing leave more.
+    After a fully accepted chain the cache lacks the last drafted token, and
+    feeding two always costs less than a second kind of step. Of a tree it keeps
+    nothing. Only other rounds than those of this length leave more.
     """
-    state = catch_up(
-      lambda tokens, cache: self.apply(weights.draft, tokens, cache)[1],
-      state,
-      context,
-      2,
-    )
-    start = jnp.maximum(context.length - 2, 0)
-    first = jnp.take_along_axis(
-      context.tokens, start[:, None] + jnp.arange(2), axis=1
-    )
-    state = state._replace(length=start)
+    tree = self.tree(length)
+    apply = functools.partial(self.apply, weights.draft)
+    width = 2 if tree.is_chain else tree.height + 1
+    output, state = after_text(apply, state, context, width)
 
-    def feed(tokens, draft_cache):
-      output, draft_cache = self.apply(weights.draft, tokens, draft_cache)
+    def feed_one(token, draft_cache):
+      output, draft_cache = apply(token, draft_cache)
       return output.logits, draft_cache
 
-    logits, state = feed(first, state)
-    last = (context.length - 1 - start)[:, None, None]
-    logits = jnp.take_along_axis(logits, last, axis=1)
-    state = state._replace(length=context.length)
-    proposal, state = sample_chain(
-      feed, logits, state, context, length, purpose
-    )
+    def feed_nodes(tokens, before, ancestors, draft_cache):
+      del before  # it knows its own past
+      output, draft_cache = apply(tokens, draft_cache, ancestors=ancestors)
+      return output.hidden, draft_cache
+
+    def guess(hidden, most):
+      logits = self.head(weights.draft, hidden)
+      vocabulary = weights.draft.get('vocabulary')
+      return draft_vocabulary.best(logits, most, vocabulary)
+
+    if tree.is_chain:
+      proposal, state = sample_chain(
+        feed_one, output.logits, state, context, length, purpose
+      )
+    else:
+      proposal, state = draft_trees.propose(
+        tree, output.hidden, guess, feed_nodes, state
+      )
     return proposal, state, cache
 
   def observe(self, state, context, longest, features=None):
@@ -355,7 +381,36 @@ def write(buffer: jax.Array, block: jax.Array, at: jax.Array) -> jax.Array:
   return jax.vmap(one)(buffer, block.astype(buffer.dtype), at)
 
 
-def catch_up(
+def after_text(
+  apply: Callable[[jax.Array, Cache], tuple[ModelOutput, Cache]],
+  cache: Cache,
+  context: Context,
+  width: int,
+) -> tuple[ModelOutput, Cache]:
+  """A draft's output [B, 1, ...] after the committed text, and its cache of it.
+
+  Args:
+    apply: The draft, on tokens [B, T] and its cache.
+    cache: Of the draft, behind the text or not; what it holds of the last
+      `width` tokens is written again.
+    context: The text.
+    width: Tokens to feed at once, at least 1; if more are missing, the others
+      are fed in steps before.
+  """
+  cache = _catch_up(
+    lambda tokens, cache: apply(tokens, cache)[1], cache, context, width
+  )
+  start = jnp.maximum(context.length - width, 0)
+  place = start[:, None] + jnp.arange(width)
+  place = jnp.minimum(place, context.tokens.shape[1] - 1)
+  tokens = jnp.take_along_axis(context.tokens, place, axis=1)
+  output, cache = apply(tokens, cache._replace(length=start))
+  last = (context.length - 1 - start)[:, None, None]
+  output = ModelOutput(*(jnp.take_along_axis(x, last, axis=1) for x in output))
+  return output, cache._replace(length=context.length)
+
+
+def _catch_up(
   feed: Callable[[jax.Array, Cache], Cache],
   cache: Cache,
   context: Context,

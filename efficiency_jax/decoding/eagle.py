@@ -20,19 +20,13 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-from jax import lax
 import jax.numpy as jnp
-import numpy as np
 
+from efficiency_jax.decoding import draft_trees
 from efficiency_jax.decoding import draft_vocabulary
 from efficiency_jax.decoding import drafters
-from efficiency_jax.decoding import dynamic_tree
-from efficiency_jax.decoding.dynamic_tree import Growth
 from efficiency_jax.decoding.prefill import prefill
 from efficiency_jax.decoding.prefill import slots_for
-from efficiency_jax.decoding.token_tree import TokenTree
-from efficiency_jax.decoding.token_tree import chain
-from efficiency_jax.decoding.verifiers import Proposal
 from efficiency_jax.linear import embed
 from efficiency_jax.models import cache as kv_cache
 from efficiency_jax.models import rope
@@ -231,37 +225,24 @@ class Eagle:
   """
 
   form: Form
-  trees: tuple[TokenTree | Growth, ...] = ()
+  trees: tuple[draft_trees.Shape, ...] = ()
   name: str = 'eagle'
   num_kinds: int = 1
   needs_features: bool = True
 
   def __post_init__(self):
-    sizes = [len(tree) for tree in self.trees]
-    if len(set(sizes)) < len(sizes):
-      raise ValueError(f'trees must differ in size, got sizes {sizes}.')
     size = self.form.vocabulary or self.form.target.vocab_size
-    widest = max((growth.expand for growth in self._growths), default=0)
-    if widest > size:
-      raise ValueError(
-        f'expand must be <= {size}, the tokens that may be drafted, got'
-        f' {widest}.'
-      )
+    draft_trees.check(self.trees, size)
 
-  @property
-  def _growths(self) -> list[Growth]:
-    return [tree for tree in self.trees if isinstance(tree, Growth)]
-
-  def tree(self, length: int) -> TokenTree | Growth:
+  def tree(self, length: int) -> draft_trees.Shape:
     """The given tree of `length + 1` nodes, or a chain."""
-    fitting = [tree for tree in self.trees if len(tree) == length + 1]
-    return fitting[0] if fitting else chain(length)
+    return draft_trees.of_length(self.trees, length)
 
   def init(self, weights, context, longest, hidden):
     """Runs the draft over the prompts."""
     form, size = self.form, self.form.target.vocab_size
     batch, slots = context.tokens.shape
-    room = max([longest, *(growth.expanded for growth in self._growths)])
+    room = draft_trees.room(self.trees, longest)
     # Position t is fed with the state at t - 1.
     features = jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))
     cache = kv_cache.init(
@@ -289,28 +270,15 @@ class Eagle:
     tree = self.tree(length)
     params = weights.draft, weights.target, state.features
     text = functools.partial(_text_fn(self.form), params)
-    width = tree.height + 1
-    own = drafters.catch_up(
-      lambda tokens, cache: text(tokens, cache)[1], state.cache, context, width
+    output, own = drafters.after_text(
+      text, state.cache, context, tree.height + 1
     )
-    start = jnp.maximum(context.length - width, 0)
-    place = jnp.minimum(
-      start[:, None] + jnp.arange(width), context.tokens.shape[1] - 1
-    )
-    tokens = jnp.take_along_axis(context.tokens, place, axis=1)
-    output, own = text(tokens, own._replace(length=start))
-    last = (context.length - 1 - start)[:, None, None]
-    root = jnp.take_along_axis(output.hidden, last, axis=1)
-    own = own._replace(length=context.length)
-
     if tree.is_chain:
       proposal, own = self._chain(
-        weights, state, own, root, context, length, purpose
+        weights, state, own, output.hidden, context, length, purpose
       )
-    elif isinstance(tree, Growth):
-      proposal, own = self._grown(weights, state, own, root, tree)
     else:
-      proposal, own = self._tree(weights, state, own, root, tree)
+      proposal, own = self._tree(weights, state, own, output.hidden, tree)
     # What follows the text was computed of the draft's own states.
     own = own._replace(length=context.length)
     return proposal, state._replace(cache=own), cache
@@ -350,63 +318,16 @@ class Eagle:
     )
     return proposal, own
 
-  def _tree(self, weights, state, own, root, tree: TokenTree):
-    """The best guesses after each node, level by level.
-
-    Nodes of earlier levels are fed again with each level: then the new ones
-    see, of all that stands behind the text, their ancestors alone.
-    """
-    start, parents = own.length, np.asarray(tree.parents)
-    states, tokens = {0: root[:, 0]}, {}
-
-    def guess(nodes):
-      """Tokens of the children of some nodes of one depth."""
-      hidden = jnp.stack([states[node] for node in nodes], axis=1)
-      born = np.isin(parents, nodes)
-      most = int(tree.rank[born].max()) + 1
-      _, best = lax.top_k(self._scores(weights, state, hidden), most)
-      if state.columns is not None:
-        best = jnp.take(weights.draft['vocabulary'], best)
-      for child in np.flatnonzero(born):
-        of = nodes.index(tree.parents[child])
-        tokens[int(child)] = best[:, of, tree.rank[child]].astype(jnp.int32)
-
-    guess([0])
-    for depth in range(1, tree.height):
-      inner = tree.is_inner & (tree.depth >= 1) & (tree.depth <= depth)
-      fed = np.flatnonzero(inner).tolist()
-      hidden, own = self._step(
-        weights,
-        jnp.stack([tokens[node] for node in fed], axis=1),
-        jnp.stack([states[tree.parents[node]] for node in fed], axis=1),
-        own._replace(length=start),
-        ancestors=jnp.asarray(tree.ancestors[np.ix_(fed, fed)]),
-      )
-      new = [node for node in fed if tree.depth[node] == depth]
-      states |= {node: hidden[:, fed.index(node)] for node in new}
-      guess(new)
-    drafted = [tokens[node] for node in range(1, len(tree))]
-    count = jnp.full(start.shape, len(drafted), jnp.int32)
-    return Proposal(jnp.stack(drafted, axis=1), count, None), own
-
-  def _grown(self, weights, state, own, root, growth: Growth):
-    """The guesses that q thinks most likely as whole paths."""
-    start = own.length
-
+  def _tree(self, weights, state, own, root, tree):
     def guess(hidden, most):
-      scores = self._scores(weights, state, hidden).astype(jnp.float32)
-      gains, best = lax.top_k(jax.nn.log_softmax(scores), most)
-      if state.columns is not None:
-        best = jnp.take(weights.draft['vocabulary'], best)
-      return best.astype(jnp.int32), gains
+      logits = self._scores(weights, state, hidden)
+      vocabulary = weights.draft.get('vocabulary')
+      return draft_vocabulary.best(logits, most, vocabulary)
 
     def feed(tokens, before, ancestors, own):
-      own = own._replace(length=start)
       return self._step(weights, tokens, before, own, ancestors=ancestors)
 
-    tokens, parents, own = dynamic_tree.grow(growth, root, guess, feed, own)
-    count = jnp.full(start.shape, growth.nodes, jnp.int32)
-    return Proposal(tokens, count, None, parents), own
+    return draft_trees.propose(tree, root, guess, feed, own)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -423,15 +344,10 @@ class TrainedDraft:
   form: Form
   params: Params
   vocabulary: jax.Array | None = None
-  trees: tuple[TokenTree | Growth, ...] = ()
+  trees: tuple[draft_trees.Shape, ...] = ()
 
   def __post_init__(self):
-    size = None if self.vocabulary is None else len(self.vocabulary)
-    if size != self.form.vocabulary:
-      raise ValueError(
-        f'vocabulary must have {self.form.vocabulary} tokens as the form says,'
-        f' got {size}.'
-      )
+    draft_vocabulary.check(self.vocabulary, self.form.vocabulary)
 
   @property
   def weights(self) -> Params:

@@ -122,12 +122,7 @@ def loss(
   Raises:
     ValueError: `vocabulary` is not what the form says.
   """
-  size = None if vocabulary is None else vocabulary.shape[0]
-  if size != form.vocabulary:
-    raise ValueError(
-      f'vocabulary must have {form.vocabulary} tokens as the form says, got'
-      f' {size}.'
-    )
+  draft_vocabulary.check(vocabulary, form.vocabulary)
   hidden = batch['hidden']
   segments = batch.get('segments')
   head = target
@@ -153,11 +148,12 @@ def loss(
       value += feature_weight * losses.mean(_smooth_l1(hidden, state), mask)
     total += decay**index * value
     agreement = jnp.argmax(teacher, axis=-1) == jnp.argmax(student, axis=-1)
+    kept = losses.acceptance(teacher, student, batch.get('coverage'))
     rows.append(
       {
         'loss': value,
         'agreement': losses.mean(agreement.astype(jnp.float32), mask),
-        'alpha': _alpha(teacher, student, mask, batch.get('coverage')),
+        'alpha': losses.mean(kept, mask),
       }
     )
   metrics = jax.tree.map(lambda *x: lax.stop_gradient(jnp.stack(x)), *rows)
@@ -279,14 +275,6 @@ def _later(x: jax.Array, by: int) -> jax.Array:
   """x [B, T, ...] at position t + by, zeros beyond the last."""
   pad = [(0, 0), (0, by)] + [(0, 0)] * (x.ndim - 2)
   return jnp.pad(x, pad)[:, by:]
-
-
-def _alpha(teacher, student, mask, coverage) -> jax.Array:
-  """Mean of sum_v min(p_v, q_v), with p of mass `coverage` inside."""
-  p, q = (jnp.exp(losses.log_probabilities(x)) for x in (teacher, student))
-  if coverage is not None:
-    p = p * coverage[..., None]
-  return losses.mean(jnp.minimum(p, q).sum(-1), mask)
 
 
 def _smooth_l1(hidden: jax.Array, state: jax.Array) -> jax.Array:

@@ -280,12 +280,7 @@ class TrainedHeads:
   least_chance: float = 0.0
 
   def __post_init__(self):
-    size = None if self.vocabulary is None else len(self.vocabulary)
-    if size != self.form.vocabulary:
-      raise ValueError(
-        f'vocabulary must have {self.form.vocabulary} tokens as the form says,'
-        f' got {size}.'
-      )
+    draft_vocabulary.check(self.vocabulary, self.form.vocabulary)
 
   @property
   def weights(self) -> Params:
@@ -400,10 +395,9 @@ class Medusa:
 
   def _best(self, weights, scores: jax.Array, ranks: np.ndarray) -> jax.Array:
     """The best tokens of `scores` [..., R], as many as ranks ask for."""
-    _, best = lax.top_k(scores, int(ranks.max()) + 1)
-    if self.heads.vocabulary is not None:
-      best = jnp.take(weights.draft['vocabulary'], best)
-    return best.astype(jnp.int32)
+    vocabulary = weights.draft.get('vocabulary')
+    best, _ = draft_vocabulary.best(scores, int(ranks.max()) + 1, vocabulary)
+    return best
 
   def _trusted(self, weights, state, context, tokens: jax.Array) -> jax.Array:
     """How many tokens of a chain [B, G] are likely enough: [B] int32.

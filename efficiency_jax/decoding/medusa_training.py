@@ -100,7 +100,7 @@ def loss(
     q = scores[..., k - 1, :]
     p = _later(teacher, k)
     label = _later(columns, k + 1)
-    kept = lax.stop_gradient(_kept(p, q, _later(coverage, k)))
+    kept = lax.stop_gradient(losses.acceptance(p, q, _later(coverage, k)))
     reached = reached * kept
     value = mixed(objectives, p, q, label, mask)
     _, best = lax.top_k(q, min(5, q.shape[-1]))
@@ -185,12 +185,7 @@ def _reduced(form, target, tokens, vocabulary) -> tuple[Params, jax.Array]:
 
   A token outside the vocabulary has a column beyond the last.
   """
-  size = None if vocabulary is None else vocabulary.shape[0]
-  if size != form.vocabulary:
-    raise ValueError(
-      f'vocabulary must have {form.vocabulary} tokens as the form says, got'
-      f' {size}.'
-    )
+  draft_vocabulary.check(vocabulary, form.vocabulary)
   if vocabulary is None:
     return target, tokens
   vocab_size = draft_vocabulary.table(target).shape[0]
@@ -220,12 +215,6 @@ def _previous(form, target, tokens) -> jax.Array | None:
     return None
   before = _stacked(tokens, form.count, first=1)
   return embed(before, target['embedding']['table'])
-
-
-def _kept(p, q, coverage) -> jax.Array:
-  """sum_v min(p_v, q_v) with p of mass `coverage` [B, T] inside: [B, T]."""
-  p, q = (jnp.exp(losses.log_probabilities(x)) for x in (p, q))
-  return jnp.minimum(p * coverage[..., None], q).sum(-1)
 
 
 def _masks(loss_mask: jax.Array, count: int) -> list[jax.Array]:

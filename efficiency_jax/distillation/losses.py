@@ -1,10 +1,10 @@
 """How far a student's distribution q is from a teacher's p.
 
-Every function takes logits (or log-probabilities, which are logits) of teacher
-and student [..., V], computes in float32, and gives the mean [] over the places
+Every loss takes logits (or log-probabilities, which are logits) of teacher and
+student [..., V], computes in float32, and gives the mean [] over the places
 [...] where `mask` is positive, weighted by it. Tokens of logit -inf have
 probability zero. Gradients flow into both arguments: stop those of the teacher
-where it is not to learn.
+where it is not to learn. `acceptance`, no loss, gives all places.
 
 `temperature` divides both logits (Hinton et al., arXiv 1503.02531). Gradients
 then shrink with its square, which `squared` multiplies back in, so that a loss
@@ -126,21 +126,20 @@ def cross_entropy(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 
 
 def acceptance(
-  teacher: jax.Array,
-  student: jax.Array,
-  mask: jax.Array | None = None,
-  coverage: jax.Array | None = None,
+  teacher: jax.Array,  # [..., V]
+  student: jax.Array,  # [..., V]
+  coverage: jax.Array | None = None,  # [...]
 ) -> jax.Array:
-  """sum_v min(p_v, q_v) = 1 - total variation: alpha of arXiv 2211.17192.
+  """sum_v min(p_v, q_v) = 1 - total variation at each place: [...] float32.
 
-  Where the logits are those of a part of the vocabulary, `coverage` [...] is
-  the probability that the teacher gives this part: p sums to it, and what lies
-  outside is never accepted.
+  Its mean is the alpha of arXiv 2211.17192. Where the logits are those of a
+  part of the vocabulary, `coverage` is the probability that the teacher gives
+  this part: p sums to it, and what lies outside is never accepted.
   """
   p, q = (jnp.exp(log_probabilities(x)) for x in (teacher, student))
   if coverage is not None:
     p = p * coverage[..., None]
-  return mean(jnp.minimum(p, q).sum(-1), mask)
+  return jnp.minimum(p, q).sum(-1)
 
 
 LOSSES: dict[str, Callable[..., jax.Array]] = {

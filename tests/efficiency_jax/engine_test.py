@@ -12,6 +12,7 @@ from efficiency_jax import generation
 from efficiency_jax.decoding import draft_model
 from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import token_tree
+from efficiency_jax.decoding.dynamic_tree import Growth
 from efficiency_jax.io import untrained
 
 
@@ -47,7 +48,11 @@ def test_a_draft_of_one_layer_decodes_as_plain(lm):
       np.testing.assert_array_equal(a.tokens, b.tokens)
 
 
-def _model(lm, layers=(1,), size: int | None = 128):
+_TREE = token_tree.from_choices([(0,), (1,), (0, 0)])
+_GROWTH = Growth(nodes=4, expand=3, height=2)
+
+
+def _model(lm, layers=(1,), size: int | None = 128, **options):
   form = draft_model.Form(
     target=lm.config, layers=layers, vocabulary=size, ffn_width=96
   )
@@ -55,11 +60,17 @@ def _model(lm, layers=(1,), size: int | None = 128):
     form=form,
     params=draft_model.init(form, lm.params),
     vocabulary=None if size is None else np.arange(size)[::-1],
+    **options,
   )
 
 
-@pytest.mark.parametrize('temperature', [0.0, 1.0])
-def test_a_draft_model_of_few_tokens_decodes_as_plain(lm, temperature):
+@pytest.mark.parametrize(
+  ('temperature', 'length', 'trees'),
+  [(0.0, 3, (_TREE,)), (1.0, 2, ())],
+)
+def test_a_draft_model_of_few_tokens_decodes_as_plain(
+  lm, temperature, length, trees
+):
   prompts = ['to be or not to be or', 'x']
   options = {
     'max_new_tokens': 12,
@@ -72,8 +83,8 @@ def test_a_draft_model_of_few_tokens_decodes_as_plain(lm, temperature):
     lm,
     prompts,
     drafter='draft model',
-    heads=_model(lm),
-    draft_length=2,
+    heads=_model(lm, trees=trees),
+    draft_length=length,
     **options,
   )
   for a, b in zip(plain.rows, mine.rows, strict=True):
@@ -92,18 +103,53 @@ def test_a_draft_model_shares_the_tables_of_the_target(lm):
 
 
 def test_lengths_and_verifiers_follow_the_draft(lm):
-  tree = token_tree.from_choices([(0,), (1,), (0, 0)])
-  prepare = lambda **options: (
-    engine_lib.prepare(lm, drafter='eagle', greedy=False, **options).decoder
+  def prepare(drafter, **options):
+    engine = engine_lib.prepare(lm, drafter=drafter, greedy=False, **options)
+    return engine.decoder
+
+  for drafter, draft in (('eagle', _draft), ('draft model', _model)):
+    chains = prepare(drafter, heads=draft(lm))
+    trees = prepare(drafter, heads=draft(lm, trees=(_TREE,)))
+    none = prepare(drafter, heads=draft(lm, trees=(_TREE,)), trees=())
+    for found in (chains, none):
+      assert found.verifier.name == 'block'
+      assert found.schedule.lengths == engine_lib.ADAPTIVE_LENGTHS
+      assert found.drafter.tree(3).is_chain
+    assert trees.verifier.name == 'coupled'
+    assert trees.schedule.lengths == (0, 3)
+    assert trees.drafter.tree(3) == _TREE
+
+
+def test_a_whole_model_drafts_trees_as_well(lm):
+  prepare = functools.partial(engine_lib.prepare, lm, greedy=False)
+  decoder = prepare(
+    drafter='draft model', draft=lm, trees=(_GROWTH, _TREE)
+  ).decoder
+  assert decoder.verifier.name == 'coupled'
+  assert decoder.schedule.lengths == (0, 3, 4)
+  assert decoder.drafter.tree(4) is _GROWTH
+  mine = generation.generate(
+    lm,
+    ['to be or not to be or', 'x'],
+    drafter='draft model',
+    draft=lm,
+    trees=(_TREE,),
+    draft_length=3,
+    max_new_tokens=12,
+    stop=False,
   )
-  chains, trees = (
-    prepare(heads=_draft(lm)),
-    prepare(heads=_draft(lm, trees=(tree,))),
-  )
-  assert chains.verifier.name == 'block'
-  assert chains.schedule.lengths == engine_lib.ADAPTIVE_LENGTHS
-  assert trees.verifier.name == 'coupled'
-  assert trees.schedule.lengths == (0, 3)
+  # The first guesses are the target's own: two of a tree, and one more.
+  assert [row.statistics.runs for row in mine.rows] == [4, 4]
+
+
+def test_trees_that_do_not_fit_are_refused(lm):
+  with pytest.raises(ValueError, match="'n-gram' takes no trees; draft model,"):
+    engine_lib.prepare(lm, trees=(_TREE,))
+  wide = Growth(nodes=5, expand=129, height=1)
+  with pytest.raises(ValueError, match='at most 128 children'):
+    engine_lib.prepare(
+      lm, drafter='draft model', heads=_model(lm), trees=(wide,)
+    )
 
 
 def test_a_foreign_draft_is_refused(lm):

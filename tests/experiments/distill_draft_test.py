@@ -31,12 +31,13 @@ def finished(tmp_path_factory, tiny_answers):
   return workdir
 
 
-def test_the_draft_is_saved_with_its_card(finished):
+def test_the_draft_is_saved_with_its_trees_and_card(finished):
   path = finished / 'draft.safetensors'
   draft = drafts.load(path, untrained.language_model())
   assert isinstance(draft, draft_model.TrainedDraft)
   assert draft.form.layers == (1,)
   assert draft.form.ffn_width == 96
+  assert [len(tree) for tree in draft.trees] == [4, 8]
   assert len(draft.vocabulary) == 128
   card = drafts.card(path)
   assert 'experiments.distill_draft' in card['command']
@@ -50,14 +51,14 @@ def test_rows_report_and_figure(finished):
     f'drafted token {i}' for i in (1, 2, 3)
   ]
   assert 0 < guesses[0]['alpha'] < 1
-  chains = [row for row in rows if 'nodes' in row]
-  assert [(row['method'], row['nodes']) for row in chains] == [
-    ('chain', 2),
-    ('chain', 3),
-    ('chain', 4),
+  trees = [row for row in rows if 'nodes' in row]
+  assert [(row['method'], row['nodes']) for row in trees] == [
+    (kind, nodes)
+    for nodes in (4, 8)
+    for kind in ('chain', 'independent', 'joint')
   ]
-  expected = [row['expected'] for row in chains]
-  assert expected == sorted(expected)
+  for row in trees:
+    assert 1 <= row['expected'] <= 1 + row['height'] <= 4
   assert 'training.png' in (finished / 'report.md').read_text()
   assert (finished / 'training.png').stat().st_size > 5_000
 
@@ -76,11 +77,15 @@ def test_decode_takes_it(finished, tmp_path):
       '--config=configs/decode_tiny.py',
       f'--workdir={tmp_path / "run"}',
       f'--config.trained.draft_model={finished / "draft.safetensors"}',
-      "--config.methods=('draft model, 3',)",
+      "--config.methods=('draft model, 3', 'draft model dynamic, 4')",
       '--config.batches=(1,)',
       '--nocompilation_cache',
     ]
   )
   rows = json.loads((tmp_path / 'run/results.json').read_text())['rows']
-  assert [row['method'] for row in rows] == ['plain', 'draft model, 3']
+  assert {row['method']: row['nodes'] for row in rows} == {
+    'plain': 1,
+    'draft model, 3': 4,
+    'draft model dynamic, 4': 5,
+  }
   assert all(row['exact'] for row in rows)

@@ -1,5 +1,7 @@
 """Which draft a method decodes with."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -65,6 +67,24 @@ def test_shapes_are_chosen_by_name(lm, tmp_path):
   assert drafters[2].tree(7) == dynamic_tree.Growth(nodes=7, expand=4, height=5)
 
 
+def test_shapes_of_a_draft_model_trained_or_not(lm, draft, path, tmp_path):
+  tree = token_tree.TokenTree((-1, 0, 0))
+  shaped = tmp_path / 'shaped.safetensors'
+  drafts.save(shaped, dataclasses.replace(draft, trees=(tree,)), lm=lm, card={})
+  names = (
+    'draft model, 2',
+    'draft model chain/block, 2',
+    'draft model dynamic, 7',
+  )
+  for trained in ({'draft_model': str(shaped)}, {'draft_model': ''}):
+    _, *chosen = _build(lm, names, **trained)
+    drafters = [method.engine.decoder.drafter for method in chosen]
+    assert (drafters[0].tree(2) == tree) == bool(trained['draft_model'])
+    assert drafters[1].tree(2).is_chain
+    growth = dynamic_tree.Growth(nodes=7, expand=4, height=5)
+    assert drafters[2].tree(7) == growth
+
+
 def test_or_else_a_cut_of_the_target(lm):
   _, method = _build(lm, ('draft model, 3',))
   shallow = lm.config.truncated(1)  # every second layer of two
@@ -82,10 +102,10 @@ def test_or_else_a_cut_of_the_target(lm):
     ('eagle', 'eagle', None, "trained.eagle=.*is a draft for 'draft model'"),
     ('eagle', 'draft_model', None, "method 'eagle' needs --config.trained.ea"),
     (
-      'draft model chain, 3',
+      'draft model chain',
       'draft_model',
       None,
-      'with a length there are medusa chain, eagle chain, eagle dynamic',
+      'with a length there are medusa chain, eagle chain, eagle dynamic, draft',
     ),
     ('eagle chain', 'eagle', None, "is a draft for 'draft model'"),
   ],

@@ -64,6 +64,31 @@ def test_a_reduced_head_is_part_of_the_head(every):
   np.testing.assert_array_equal(spread, right)
 
 
+def test_the_best_tokens_come_with_their_log_probabilities():
+  logits = np.random.default_rng(0).standard_normal((2, 3, 4))
+  vocabulary = np.asarray([7, 0, 9, 3], np.int32)
+  order = np.argsort(-logits, axis=-1)[..., :3]
+  weights = np.exp(logits)
+  law = np.log(weights / weights.sum(-1, keepdims=True))
+  given = jnp.asarray(logits, jnp.float32)
+  for right, chosen in ((order, None), (vocabulary[order], vocabulary)):
+    tokens, gains = draft_vocabulary.best(given, 3, chosen)
+    assert tokens.dtype == jnp.int32
+    np.testing.assert_array_equal(tokens, right)
+    expected = np.take_along_axis(law, order, axis=-1)
+    np.testing.assert_allclose(gains, expected, rtol=1e-5)
+
+
+def test_a_vocabulary_is_of_the_size_of_its_form():
+  check = draft_vocabulary.check
+  check(None, None)
+  check(jnp.arange(4), 4)
+  for vocabulary, size, found in ((None, 4, None), (np.arange(3), None, 3)):
+    message = f'must have {size} tokens as the form says, got {found}'
+    with pytest.raises(ValueError, match=message):
+      check(vocabulary, size)
+
+
 def test_wrong_sizes_and_tokens_are_refused():
   make = draft_vocabulary.by_frequency
   with pytest.raises(ValueError, match='size must be in 1..9, got 0'):

@@ -1,7 +1,5 @@
 """Trees that a draft grows: their arrays, their choice, and the real loop."""
 
-import itertools
-
 import chex
 import hypothesis
 from hypothesis import strategies as st
@@ -23,6 +21,7 @@ from efficiency_jax.evaluation import speed
 from efficiency_jax.models import cache as kv_cache
 from efficiency_jax.models import transformer
 from tests import fixtures
+from tests.efficiency_jax.decoding import draft_tables
 from tests.efficiency_jax.decoding import eagle_models
 
 # So few tokens that some guess is often right.
@@ -100,83 +99,6 @@ def test_rules_decide_in_each_row_as_on_its_tree(name):
 # What is kept, against search in the whole tree of a draft's probabilities.
 
 
-def _best_paths(growth, chance):
-  """The paths that are kept, best first; `chance(path)` [V] is q after it."""
-  worth, level = {(): 1.0}, [()]
-  candidates = {(): 1.0}
-  for _ in range(growth.height):
-    born = {}
-    for path in level:
-      q = chance(path)
-      for token in np.argsort(-q, kind='stable')[: growth.expand]:
-        born[*path, int(token)] = worth[path] * q[token]
-    worth |= born
-    candidates |= born
-    # Sorting is stable: of equals the first.
-    level = sorted(born, key=lambda path: -born[path])[: growth.expand]
-  kept = sorted(candidates, key=lambda path: -candidates[path])
-  return kept[: growth.nodes + 1]
-
-
-def _paths(tokens, parents):
-  """The path to each node of one row."""
-  paths = [()]
-  for token, parent in zip(tokens, parents[1:], strict=True):
-    paths.append((*paths[parent], int(token)))
-  return paths
-
-
-class _Table:
-  """A draft with the law `q[path]`, whose state is the path itself."""
-
-  def __init__(self, q, vocab, height):
-    self.q, self.vocab, self.height = q, vocab, height
-    self.fed = []
-
-  def row(self, row):
-    return lambda path: self.q[row][path]
-
-  def guess(self, states, most):
-    gains = np.log(
-      [
-        [self.q[row][self._path(state)] for state in some]
-        for row, some in enumerate(np.asarray(states))
-      ]
-    )
-    gains, best = jax.lax.top_k(jnp.asarray(gains, jnp.float32), most)
-    return best, gains
-
-  def feed(self, tokens, before, ancestors, carry):
-    tokens, before = np.asarray(tokens), np.asarray(before)
-    states = before.copy()
-    for row, node in np.ndindex(tokens.shape):
-      path = self._path(before[row, node])
-      # The path once more, of what the node sees: parents come first.
-      seen = tokens[row][np.asarray(ancestors)[row, node]].tolist()
-      assert [*path, tokens[row, node]] == seen
-      states[row, node, len(path)] = tokens[row, node]
-    self.fed.append(tokens.shape[1])
-    return jnp.asarray(states), carry + 1
-
-  def _path(self, state):
-    return tuple(int(x) for x in state if x >= 0)
-
-  def grow(self, growth):
-    root = jnp.full((len(self.q), 1, self.height), -1)
-    return dynamic_tree.grow(growth, root, self.guess, self.feed, 0)
-
-
-def _random_table(vocab, height, batch):
-  rng = np.random.default_rng(0)
-  paths = [
-    path
-    for size in range(height)
-    for path in itertools.product(range(vocab), repeat=size)
-  ]
-  draw = lambda: {path: rng.dirichlet(np.full(vocab, 0.5)) for path in paths}
-  return _Table([draw() for _ in range(batch)], vocab, height)
-
-
 @pytest.mark.parametrize(
   'growth',
   [
@@ -189,7 +111,7 @@ def _random_table(vocab, height, batch):
   ids=lambda growth: f'{growth.nodes}-{growth.expand}-{growth.height}',
 )
 def test_the_best_paths_of_the_draft_are_kept(growth):
-  table = _random_table(4, 4, 3)
+  table = draft_tables.random_table(4, 4, 3)
   tokens, parents, calls = table.grow(growth)
   assert tokens.shape == (3, growth.nodes)
   assert calls == growth.height - 1
@@ -200,9 +122,9 @@ def test_the_best_paths_of_the_draft_are_kept(growth):
     # It is a tree, and the one of the best paths.
     parents_of_row = tuple(parents[row].tolist())
     assert token_tree.TokenTree(parents_of_row).height <= growth.height
-    found = _paths(tokens[row], parents_of_row)
+    found = draft_tables.paths(tokens[row], parents_of_row)
     assert len(set(found)) == growth.nodes + 1
-    assert set(found) == set(_best_paths(growth, table.row(row)))
+    assert set(found) == set(draft_tables.best_paths(growth, table.row(row)))
     shapes.add(parents_of_row)
   if growth.expand > 1 and 3 < growth.nodes < 21:
     assert len(shapes) > 1
@@ -210,11 +132,11 @@ def test_the_best_paths_of_the_draft_are_kept(growth):
 
 def test_a_tree_that_expands_all_is_the_best_of_all_trees():
   """What the other search finds, which knows nothing of levels."""
-  table = _random_table(4, 2, 3)
+  table = draft_tables.random_table(4, 2, 3)
   tokens, parents, _ = table.grow(Growth(nodes=6, expand=4, height=2))
   for row, q in enumerate(table.q):
     best = token_tree.grow(lambda c, q=q: _choices(q, c)[1], 6, 4, 2)
-    found = _paths(tokens[row], parents[row].tolist())
+    found = draft_tables.paths(tokens[row], parents[row].tolist())
     assert set(found) == {(), *(_choices(q, c)[0] for c in best.choices)}
 
 
@@ -231,7 +153,7 @@ def _choices(q, choices):
 def test_parents_win_ties():
   # After the unlikely token 0 a sure one: three paths are worth the same.
   q = np.asarray([1e-30, 1.0])
-  table = _Table([{(): q, (0,): q, (1,): q}], 2, 2)
+  table = draft_tables.Table([{(): q, (0,): q, (1,): q}], 2, 2)
   tokens, parents, _ = table.grow(Growth(nodes=3, expand=2, height=2))
   assert tokens.tolist() == [[1, 0, 1]]
   assert parents.tolist() == [[-1, 0, 0, 1]]
@@ -258,7 +180,7 @@ def test_drafters_know_growths_as_they_know_trees():
   assert hash(make()) == hash(make())
   assert make().tree(9) is _GROWTH
   assert make().tree(3) == token_tree.chain(3)
-  with pytest.raises(ValueError, match='expand must be <= 4, the tokens'):
+  with pytest.raises(ValueError, match='at most 4 children, the tokens'):
     eagle.Eagle(form=_FORM, trees=(Growth(nodes=5, expand=5, height=1),))
   with pytest.raises(ValueError, match="verifier 'block' takes no trees"):
     _decoder('block')
@@ -371,8 +293,10 @@ def test_the_draft_keeps_the_best_paths_of_its_own_law():
       q[drafted] = np.exp(scores - scores.max())
       return q / q.sum()
 
-    found = _paths(proposal.tokens[row], proposal.parents[row].tolist())
-    assert set(found) == set(_best_paths(_GROWTH, chance))
+    found = draft_tables.paths(
+      proposal.tokens[row], proposal.parents[row].tolist()
+    )
+    assert set(found) == set(draft_tables.best_paths(_GROWTH, chance))
   assert len(set(map(tuple, proposal.parents.tolist()))) > 1
 
 
