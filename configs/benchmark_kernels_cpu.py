@@ -41,7 +41,13 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.decode_queries = (1,) if tiny else (1, 16)
   config.decode_slots = (128,) if tiny else (256, 1024, 4096)
   config.decode_batch = 1
-  # Products [m, k] x [k, n].
+  # Products [m, k] x [k, n]; llvm_cpu needs llvmlite (the extra `cpu`).
+  config.products_of_few_rows = ('blockwise', *(() if tiny else ('llvm_cpu',)))
+  config.few_rows = (
+    ((2, 64, 64),)
+    if tiny
+    else tuple((m, 2048, 49152) for m in (1, 2, 4, 8, 16))
+  )
   config.products = ('blockwise',)
   config.int8 = (
     ((2, 64, 48),)

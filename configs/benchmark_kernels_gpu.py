@@ -42,6 +42,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.decode_slots = (8192,)
   config.decode_batch = 64
   config.products = ('blockwise', 'mosaic_gpu')
+  config.products_of_few_rows = ('blockwise',)
+  config.few_rows = ()
   config.int8 = ((8192, 8192, 8192), (16, 8192, 8192))
   config.products_of_weights = ('blockwise', 'mosaic_gpu')
   config.dequant = ((1, 8192, 8192), (128, 8192, 8192))

@@ -64,6 +64,8 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
       'schedule': 'cosine',
       'weight_decay': 0.0,
       'clip_norm': 1.0,
+      'state_bits': 32,  # of Adam's moments, or 8
+      'state_memory': 'device',  # or 'host'
     }
   )
   return config

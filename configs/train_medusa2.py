@@ -18,16 +18,14 @@ Hardware: two CPU cores, 8 GB of memory, 1 GB of disk, half an hour.
 
 import ml_collections
 
+from configs import train_medusa
+
 
 def get_config(size: str = 'full') -> ml_collections.ConfigDict:
-  """The whole run, or a tiny one."""
-  if size not in ('full', 'tiny'):
-    raise ValueError(f'sizes are full and tiny, got {size!r}')
+  """The settings of the first stage, where they are not said here."""
+  config = train_medusa.get_config(size)
   tiny = size == 'tiny'
-  config = ml_collections.ConfigDict()
-  config.model = 'untrained' if tiny else 'smollm2-135m'
-  config.dtype = 'float32'
-  config.answers = 'runs/answers'  # a folder that answer_chats made
+  del config.vocabulary, config.heads  # those of the heads it begins from
   config.draft = 'runs/train_medusa/draft.safetensors'  # what to begin from
   config.num_train = 8 if tiny else 640  # answers to learn from, the first ones
   config.adapter = ml_collections.ConfigDict(
@@ -40,27 +38,12 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   # 'forward_kl' to the model as it was; 'token' is the text's next token.
   config.backbone = ml_collections.ConfigDict({'forward_kl': 1.0})
   config.heads_weight = 0.2  # of the heads' loss beside it
-  config.objectives = ml_collections.ConfigDict({'token': 1.0})  # of the heads
-  config.decay = 0.8  # weight of a head over that of the one before
-  config.tree_nodes = (4, 8) if tiny else (4, 8, 16, 32, 64)
-  config.tree_choices = 4 if tiny else 10  # that a node may have
-  config.seed = 0
-  config.training = ml_collections.ConfigDict()
   config.training.batch = 4
   config.training.epochs = 1
-  config.training.accumulation = 1
   config.training.evaluate_every = 2 if tiny else 80
-  config.training.save_every = 0
-  config.training.average_decay = 0.0  # of the parameters' average; 0 is none
-  config.training.tensorboard = False
-  config.training.optimizer = ml_collections.ConfigDict(
-    {
-      'learning_rate': 2e-3,
-      'shares': {'adapter': 0.25},  # of the learning rate
-      'warmup_steps': 1 if tiny else 20,
-      'schedule': 'cosine',
-      'weight_decay': 0.0,
-      'clip_norm': 1.0,
-    }
-  )
+  config.training.average_decay = 0.0
+  optimizer = config.training.optimizer
+  optimizer.learning_rate = 2e-3
+  optimizer.warmup_steps = 1 if tiny else 20
+  optimizer.shares = {'adapter': 0.25}  # of the learning rate
   return config

@@ -12,6 +12,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from pallas_kernels.narrow_matmul import reference
 from pallas_kernels.narrow_matmul.api import narrow_matmul
 
 
@@ -76,7 +77,8 @@ _FEW = 16
 def _dot(x: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
   """Contracts the last axis of `x` with axis `contract` of a matrix."""
   rows = x.reshape(-1, x.shape[-1])
-  product = functools.partial(_product, contract=contract)
+  transposed = contract == 1
+  product = functools.partial(reference.narrow_matmul, transposed=transposed)
   one_row = rows.shape[0] == 1 and contract == 0
   # A narrow weight must not be widened whole.
   wide = x.dtype == weight.dtype == jnp.float32
@@ -86,7 +88,7 @@ def _dot(x: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
     )
     return y.reshape(*x.shape[:-1], -1)
   if wide and 2 <= rows.shape[0] <= _FEW:
-    y = narrow_matmul(rows, weight, transposed=contract == 1)
+    y = narrow_matmul(rows, weight, transposed=transposed)
     return y.reshape(*x.shape[:-1], -1)
   # XLA turns a one-row product of narrow operands into a matrix-vector product
   # that first converts the whole weight to float32: two rows avoid it.
@@ -95,15 +97,6 @@ def _dot(x: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
     rows = jnp.concatenate([rows, rows])
   y = product(rows, weight)
   return (y[:1] if pad else y).reshape(*x.shape[:-1], -1)
-
-
-def _product(rows: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
-  return lax.dot_general(
-    rows,
-    weight,
-    (((1,), (contract,)), ((), ())),
-    preferred_element_type=jnp.float32,
-  )
 
 
 def _product_in_parts(row: jax.Array, weight: jax.Array) -> jax.Array:

@@ -72,7 +72,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     for size in sizes if isinstance(sizes, tuple) else (sizes,):
       if size < 1:
         raise ValueError(f'--config.{name} must hold sizes >= 1, got {size}.')
-  for name in ('int8', 'dequant', 'binary'):
+  for name in ('few_rows', 'int8', 'dequant', 'binary'):
     for shape in config[name]:
       if len(shape) != 3 or min(shape) < 1:
         raise ValueError(

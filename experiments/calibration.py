@@ -5,8 +5,11 @@ are grown on them, and judged on the other half.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
+from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
 from efficiency_jax.decoding import token_tree
@@ -23,6 +26,31 @@ COLUMNS = {
   'expected': 'tokens a run, other half',
   'fitted': 'tokens a run, own half',
 }
+
+
+def calibrated(
+  ranks: RanksFn,
+  arrays: Mapping[str, np.ndarray],
+  config: ml_collections.ConfigDict,
+) -> tuple[
+  tuple[token_tree.TokenTree, ...],
+  tuple[np.ndarray, np.ndarray],
+  list[dict[str, Any]],
+]:
+  """Trees from held-out texts, what they were grown on, and their table.
+
+  Args:
+    ranks: Of the trained draft, its parameters bound, among its `most` guesses.
+    arrays: Of held-out texts.
+    config: `tree_nodes`, `tree_choices` and `training.batch`.
+
+  Returns:
+    The trees and the table of `trees`, and between them `places`.
+  """
+  ranks = functools.partial(ranks, most=config.tree_choices)
+  found = places(ranks, arrays, config.training.batch)
+  chosen, rows = trees(found, config.tree_nodes, config.tree_choices)
+  return chosen, found, rows
 
 
 def places(

@@ -60,11 +60,9 @@ def experiment(
     frozen['target'],
     steps=config.tree_height,
     vocabulary=frozen.get('vocabulary'),
-    most=config.tree_choices,
   )
-  found = calibration.places(ranks, splits['validation'], config.training.batch)
-  shapes, table = calibration.trees(
-    found, config.tree_nodes, config.tree_choices
+  shapes, found, table = calibration.calibrated(
+    ranks, splits['validation'], config
   )
   draft = draft_model.TrainedDraft(
     form=form, params=result.params, vocabulary=vocabulary, trees=shapes

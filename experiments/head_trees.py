@@ -35,11 +35,10 @@ def calibrated(
     params: Of the heads.
     held_out: Arrays of answers, with the states that `lm` has for them.
     vocabulary: [R], tokens that they may guess, if the form has a vocabulary.
-    config: `tree_nodes`, `tree_choices` and `training.batch`.
+    config: As for `calibration.calibrated`.
 
   Returns:
-    The heads, the places of `calibration.places`, and the table of
-    `calibration.trees`.
+    The heads, and what `calibration.calibrated` returns beside their trees.
   """
   frozen = objectives.frozen(lm.params, vocabulary)
   ranks = functools.partial(
@@ -49,12 +48,8 @@ def calibrated(
     params,
     frozen['target'],
     vocabulary=frozen.get('vocabulary'),
-    most=config.tree_choices,
   )
-  found = calibration.places(ranks, held_out, config.training.batch)
-  shapes, shown = calibration.trees(
-    found, config.tree_nodes, config.tree_choices
-  )
+  shapes, found, shown = calibration.calibrated(ranks, held_out, config)
   heads = medusa.TrainedHeads(
     form=form, params=params, vocabulary=vocabulary, trees=shapes
   )

@@ -23,6 +23,7 @@ from pallas_kernels.decode_attention import api as decode_api
 from pallas_kernels.dequant_matmul import api as dequant_matmul
 from pallas_kernels.dequant_matmul import formats
 from pallas_kernels.int8_matmul import api as int8_matmul
+from pallas_kernels.narrow_matmul import api as narrow_matmul
 
 TILE = (256, 256)  # of block-sparse attention
 # What the fields of a config may name.
@@ -31,6 +32,7 @@ NAMES = {
   'decode': tuple(decode_api.IMPLEMENTATIONS),
   'products': tuple(int8_matmul.IMPLEMENTATIONS),
   'products_of_weights': tuple(dequant_matmul.IMPLEMENTATIONS),
+  'products_of_few_rows': tuple(narrow_matmul.IMPLEMENTATIONS),
 }
 
 
@@ -67,6 +69,7 @@ def cases(config: ml_collections.ConfigDict) -> Iterator[Case]:
   """Everything that a config asks for."""
   yield from _attention(config)
   yield from _decode(config)
+  yield from _few_rows(config)
   yield from _int8(config)
   yield from _dequant(config)
   yield from _binary(config)
@@ -178,6 +181,26 @@ def _decode(config: ml_collections.ConfigDict) -> Iterator[Case]:
 def _int8_cache(q, k, v):
   (k, k_scales), (v, v_scales) = map(int8_matmul.quantize_rows, (k, v))
   return q, k, v, k_scales, v_scales
+
+
+def _few_rows(config: ml_collections.ConfigDict) -> Iterator[Case]:
+  """A few rows and a large matrix, in float32 and in eight bits."""
+  for m, k, n in config.few_rows:
+    candidates, needed = {}, {}
+    for name in config.products_of_few_rows:
+      wide = functools.partial(narrow_matmul.narrow_matmul, implementation=name)
+      candidates[f'float32, {name}'] = compiled(wide)
+      needed[f'float32, {name}'] = roofline.matmul(m, n, k)
+      narrow = functools.partial(int8_matmul.int8_matmul, implementation=name)
+      candidates[f'int8, {name}'] = compiled(narrow, _int8_weights)
+      needed[f'int8, {name}'] = roofline.matmul(m, n, k, w_bits=8)
+    yield Case(
+      operation='product of few rows',
+      size=m,
+      shapes=((m, k), (k, n)),
+      candidates=candidates,
+      work=needed,
+    )
 
 
 def _int8(config: ml_collections.ConfigDict) -> Iterator[Case]:

@@ -2,8 +2,8 @@
 
 Every public function of this package takes `implementation`:
 
-* None lets the platform choose when the program is lowered: the Pallas kernel
-  of that platform where there is one for these arguments, and `blockwise`,
+* None lets the platform choose when the program is lowered: the kernel of that
+  platform where there is one for these arguments, and `blockwise`,
   which runs everywhere, where there is not;
 * a name runs that implementation and never another;
 * a tuple of names runs the first one that takes the arguments.

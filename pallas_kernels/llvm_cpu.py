@@ -9,7 +9,7 @@ with the words of `llvm_ir`:
       ...                          # one part of the columns, say
 
     def operation(x, w):
-      return llvm_cpu.call(emit, x.shape, (x, w), result, parts=4)
+      return llvm_cpu.call(emit, (..., parts), (x, w), result, parts=parts)
 
 LLVM compiles it for the processor that it is running on, and XLA calls it
 through its foreign function interface. A team of threads, one a core, takes
@@ -45,14 +45,29 @@ _SPIN = 1000
 _CLOSED = 0xFFFFFF  # no part has this number
 
 
-def available() -> bool:
-  """Whether kernels can be compiled and run here."""
-  return (
-    ir is not None
-    and sys.platform == 'linux'
-    and os.uname().machine in _PAUSE
-    and _header().is_file()
-  )
+def missing() -> str | None:
+  """Why kernels cannot be compiled and run here, or None if they can.
+
+  Where programs are for another platform, compiling for this one is time lost.
+  """
+  if ir is None:
+    return 'llvmlite is not installed (the extra `cpu`)'
+  if sys.platform != 'linux' or os.uname().machine not in _PAUSE:
+    return f'it is for Linux on {" and ".join(_PAUSE)}'
+  if not _header().is_file():
+    return f"{_header()} of XLA's interface is missing"
+  if jax.default_backend() != 'cpu':
+    return f'programs are for a {jax.default_backend()} here'
+  return None
+
+
+def parts() -> int:
+  """Parts to cut work into: two a core, so that a late thread costs little."""
+  return 2 * _cores()
+
+
+def _cores() -> int:
+  return len(os.sched_getaffinity(0))
 
 
 def call(
@@ -63,7 +78,7 @@ def call(
   *,
   parts: int,
 ) -> jax.Array:
-  """The result of a kernel, in a program for a CPU.
+  """The result of a kernel, in a program for a CPU where nothing is `missing`.
 
   Args:
     emit: A function of a module.
@@ -214,7 +229,7 @@ def _team() -> None:
   native('init')()
   binding.add_symbol(_RUN, engine.get_function_address(_RUN))
   work = native('work')
-  for _ in range(len(os.sched_getaffinity(0)) - 1):
+  for _ in range(_cores() - 1):
     # ctypes lets go of Python's lock for as long as the thread lives.
     threading.Thread(target=work, daemon=True).start()
 

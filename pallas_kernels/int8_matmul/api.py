@@ -71,8 +71,8 @@ def int8_matmul(
     w_scales: [N] float32, one a column.
     x_scales: [...] float32, one a row; given if and only if x is int8.
     out_dtype: Of the result.
-    implementation: See `dispatch`: 'reference', 'blockwise', 'mosaic_tpu', or
-      None.
+    implementation: See `dispatch`: 'reference', 'blockwise', 'mosaic_tpu',
+      'mosaic_gpu', 'llvm_cpu' (1 to 16 rows), or None.
 
   Returns:
     [..., N] in `out_dtype`.

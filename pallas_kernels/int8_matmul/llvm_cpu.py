@@ -3,7 +3,10 @@
 VPDPBUSD multiplies four unsigned bytes with four signed ones and adds all to an
 int32, sixteen times. For it the bytes of four rows of w are interleaved in
 registers and made unsigned, w + 128; what that adds, 128 sum_k q, is taken off
-the sums before they begin. int32 wraps around, so this is exact.
+the sums before they begin. int32 wraps around, so this is exact. The registers
+hold the sums of six rows; where there are more, the first six leave the tile of
+weights on the stack as it was interleaved: a tile is 64 bytes out of every row
+of w, which a cache may not hold together.
 
 Rows of floats are quantized by every part for itself: that is less work than to
 wait for one another.
@@ -17,11 +20,12 @@ from pallas_kernels import llvm_ir as ll
 from pallas_kernels.int8_matmul import reference
 
 MOST_ROWS = 16
-_MOST_VALUES = 2**18  # bytes of quantized rows, on the stack of a thread
+# What a thread has on its stack: quantized rows, and a tile of weights.
+_MOST_VALUES = 2**18
+_MOST_INNER = 2**13
 _ROWS = 6  # at a time: 24 registers of sums
 _COLUMNS = 64  # of a tile
 _DEPTH = 4  # numbers that one instruction multiplies
-_PARTS = 4
 
 
 def int8_matmul(
@@ -40,14 +44,18 @@ def int8_matmul(
   """
   rows, inner = x.shape
   columns = w.shape[1]
-  if not llvm_cpu.available():
-    raise NotImplementedError('llvmlite is not installed (the extra `cpu`)')
+  if reason := llvm_cpu.missing():
+    raise NotImplementedError(reason)
   if not ll.has('avx512vnni'):
     raise NotImplementedError('this processor has no AVX-512 VNNI')
   if not 1 <= rows <= MOST_ROWS or rows * inner > _MOST_VALUES:
     raise NotImplementedError(
       f'{rows} rows of {inner} are not 1 to {MOST_ROWS} rows of'
       f' {_MOST_VALUES} numbers together'
+    )
+  if rows > _ROWS and inner > _MOST_INNER:
+    raise NotImplementedError(
+      f'more than {_ROWS} rows of {inner} are longer than {_MOST_INNER}'
     )
   if not inner or inner % ll.lanes() or columns % _COLUMNS:
     raise NotImplementedError(
@@ -58,35 +66,39 @@ def int8_matmul(
     args[0] = x.astype(jnp.float32)
   else:
     args += [x_scales, -128 * x.astype(jnp.int32).sum(-1)]
+  parts = llvm_cpu.parts()
   return llvm_cpu.call(
     _emit,
-    (rows, inner, columns),
+    (rows, inner, columns, parts),
     args,
     jax.ShapeDtypeStruct((rows, columns), jnp.float32),
-    parts=_PARTS,
+    parts=parts,
   ).astype(out_dtype)
 
 
 def _emit(builder, static, pointers, part) -> None:
   """Tiles of 64 columns."""
-  rows, inner, columns = static
+  rows, inner, columns, parts = static
   *args, out = pointers
   x, w, w_scales, *given = args
   if given:
     x_scales, start = given
   else:
     x, x_scales, start = _quantized(builder, x, rows, inner)
-  first, last = ll.share(builder, part, _PARTS, columns // _COLUMNS)
+  groups = ll.groups(rows, _ROWS)
+  # Of a tile of w, in the order of `_interleaved`, for the groups to come.
+  kept = ll.room(builder, inner * _COLUMNS, ll.i8) if groups[1:] else None
+  first, last = ll.share(builder, part, parts, columns // _COLUMNS)
   with ll.count(builder, first, last, 1) as tile:
     column = builder.mul(tile, ll.number(_COLUMNS))
-    for group in ll.groups(rows, _ROWS):
+    for group in groups:
       sums = [
         _splat(builder, start, m, ll.i32) for m in group for _ in range(4)
       ]
       steps = ll.carry(builder, 0, inner, _DEPTH, sums)
       with steps as (k, carried, keep):
-        line = builder.add(builder.mul(k, ll.number(columns)), column)
-        weights = _interleaved(builder, w, line, columns)
+        again = group is not groups[0]
+        weights = _weights(builder, w, kept, k, column, columns, again)
         new = []
         for n, m in enumerate(group):
           index = builder.add(k, ll.number(m * inner))
@@ -155,6 +167,22 @@ def _quantized(builder, x, rows: int, inner: int):
     total = builder.mul(total, ll.constant(-128, ll.i32))
     ll.store(builder, total, ll.place(builder, start, m, ll.i32))
   return values, scales, start
+
+
+def _weights(builder, w, kept, k, column, columns: int, again: bool):
+  """Rows k .. k + 3 of a tile as `_interleaved`, read `again` where kept."""
+  begin = kept and builder.mul(k, ll.number(_COLUMNS))
+  places = kept and [
+    ll.place(builder, kept, builder.add(begin, ll.number(64 * i)), ll.i8)
+    for i in range(_DEPTH)
+  ]
+  if again:
+    return [ll.load_bytes(builder, place) for place in places]
+  line = builder.add(builder.mul(k, ll.number(columns)), column)
+  weights = _interleaved(builder, w, line, columns)
+  for weight, place in zip(weights, places or ()):
+    ll.store(builder, weight, place)
+  return weights
 
 
 def _interleaved(builder, w, line, columns: int):

@@ -20,7 +20,6 @@ from pallas_kernels import llvm_ir as ll
 
 MOST_ROWS = 16
 _ROWS = 8  # at a time
-_PARTS = 4  # more than two cores, so that a late thread costs little
 
 
 def narrow_matmul(x: jax.Array, w: jax.Array, *, transposed: bool) -> jax.Array:
@@ -32,8 +31,8 @@ def narrow_matmul(x: jax.Array, w: jax.Array, *, transposed: bool) -> jax.Array:
   """
   rows, inner = x.shape
   columns = w.shape[0 if transposed else 1]
-  if not llvm_cpu.available():
-    raise NotImplementedError('llvmlite is not installed (the extra `cpu`)')
+  if reason := llvm_cpu.missing():
+    raise NotImplementedError(reason)
   if x.dtype != jnp.float32 or w.dtype != jnp.float32:
     raise NotImplementedError(
       f'dtypes are {x.dtype} and {w.dtype}, not float32'
@@ -45,18 +44,19 @@ def narrow_matmul(x: jax.Array, w: jax.Array, *, transposed: bool) -> jax.Array:
     raise NotImplementedError(
       f'[{rows}, {inner}] times [{inner}, {columns}] does not fill vectors'
     )
+  parts = llvm_cpu.parts()
   return llvm_cpu.call(
     _emit_table if transposed else _emit,
-    (rows, inner, columns),
+    (rows, inner, columns, parts),
     (x, w),
     jax.ShapeDtypeStruct((rows, columns), jnp.float32),
-    parts=_PARTS,
+    parts=parts,
   )
 
 
 def _emit(builder, static, pointers, part) -> None:
   """One part of out for w [K, N]."""
-  rows, inner, columns = static
+  rows, inner, columns, parts = static
   x, w, out = pointers
   lanes = ll.lanes()
 
@@ -82,12 +82,12 @@ def _emit(builder, static, pointers, part) -> None:
       place = _at(builder, out, column, m * columns + v * lanes)
       ll.store(builder, value, place)
 
-  _tiles(builder, part, rows, columns, lanes, tile)
+  _tiles(builder, part, parts, rows, columns, lanes, tile)
 
 
 def _emit_table(builder, static, pointers, part) -> None:
   """One part of out for w [N, K]."""
-  rows, inner, columns = static
+  rows, inner, columns, parts = static
   x, w, out = pointers
 
   def tile(column, width, group):
@@ -112,10 +112,10 @@ def _emit_table(builder, static, pointers, part) -> None:
       place = _at(builder, out, column, m * columns + n)
       ll.store(builder, ll.total(builder, value), place)
 
-  _tiles(builder, part, rows, columns, 1, tile)
+  _tiles(builder, part, parts, rows, columns, 1, tile)
 
 
-def _tiles(builder, part, rows: int, columns: int, unit: int, tile) -> None:
+def _tiles(builder, part, parts, rows, columns, unit, tile) -> None:
   """Goes over the tiles of a part, `tile(first column, units, rows)`.
 
   A tile is as many units of columns as fit the registers, at the end of a part
@@ -124,7 +124,7 @@ def _tiles(builder, part, rows: int, columns: int, unit: int, tile) -> None:
   rows_of = ll.groups(rows, _ROWS)
   # A quarter of the registers is for weights and x.
   most = ll.registers() * 3 // 4 // max(map(len, rows_of))
-  first, last = ll.share(builder, part, _PARTS, columns // unit)
+  first, last = ll.share(builder, part, parts, columns // unit)
   rest = builder.srem(builder.sub(last, first), ll.number(most))
   middle = builder.sub(last, rest)
   for begin, end, width in ((first, middle, most), (middle, last, 1)):

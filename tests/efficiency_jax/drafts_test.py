@@ -348,9 +348,14 @@ def _in_4_bits(x):
 )
 def test_the_target_is_known_however_it_was_rounded(tmp_path, change):
   lm = _lm()
-  drafts.save(tmp_path / 'x', _eagle(lm), lm=lm, card=_CARD)
+  draft = _eagle(lm)
+  drafts.save(tmp_path / 'x', draft, lm=lm, card=_CARD)
   params = jax.tree.map(change, lm.params)
-  drafts.load(tmp_path / 'x', dataclasses.replace(lm, params=params))
+  loaded = drafts.load(tmp_path / 'x', dataclasses.replace(lm, params=params))
+  dtype = jax.tree.leaves(params)[0].dtype
+  chex.assert_trees_all_equal(
+    loaded.params, trees.cast(_rounded(draft).params, dtype)
+  )
 
 
 def _flip_a_parameter(data: bytes) -> bytes:
@@ -420,11 +425,13 @@ def test_a_file_of_another_version_is_refused(tmp_path, facts, problem):
 
 def test_a_config_may_get_new_fields(tmp_path):
   lm = _lm()
-  drafts.save(tmp_path / 'x', _eagle(lm), lm=lm, card=_CARD)
+  draft = _eagle(lm)
+  drafts.save(tmp_path / 'x', draft, lm=lm, card=_CARD)
   target = json.loads(arrays.load(tmp_path / 'x')[1]['target'])
   del target['config']['final_softcap']
   _rewritten(tmp_path / 'x', target=target)
-  drafts.load(tmp_path / 'x', lm)
+  loaded = drafts.load(tmp_path / 'x', lm)
+  chex.assert_trees_all_equal(loaded.params, _rounded(draft).params)
 
 
 @pytest.mark.parametrize('metadata', [{}, {'card': '{}', 'sha256': 'x'}])

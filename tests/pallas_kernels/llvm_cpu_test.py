@@ -12,9 +12,7 @@ from pallas_kernels import llvm_ir as ll
 
 pytestmark = [
   pytest.mark.short,
-  pytest.mark.skipif(
-    not llvm_cpu.available(), reason='needs llvmlite and Linux'
-  ),
+  pytest.mark.skipif(bool(llvm_cpu.missing()), reason=str(llvm_cpu.missing())),
 ]
 
 
@@ -92,3 +90,22 @@ def test_a_kernel_is_compiled_once():
   jax.jit(_sums)(x)
   jax.jit(lambda x: _sums(x) + 1)(x)
   assert llvm_cpu._register.cache_info().misses - before <= 1
+
+
+def test_it_says_why_nothing_can_be_compiled(monkeypatch):
+  for change, message in (
+    (lambda: monkeypatch.setattr(llvm_cpu, 'ir', None), 'llvmlite is not'),
+    (
+      lambda: monkeypatch.setattr(llvm_cpu.sys, 'platform', 'win32'),
+      'Linux on',
+    ),
+    (
+      lambda: monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu'),
+      'programs are for a tpu here',
+    ),
+  ):
+    with monkeypatch.context():
+      change()
+      assert message in llvm_cpu.missing()
+    monkeypatch.undo()
+  assert llvm_cpu.missing() is None

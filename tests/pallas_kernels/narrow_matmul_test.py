@@ -11,7 +11,7 @@ from pallas_kernels.narrow_matmul import api
 
 pytestmark = [
   pytest.mark.short,
-  pytest.mark.skipif(not cpu.available(), reason='needs llvmlite and Linux'),
+  pytest.mark.skipif(bool(cpu.missing()), reason=str(cpu.missing())),
 ]
 
 

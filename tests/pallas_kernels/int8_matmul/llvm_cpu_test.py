@@ -13,7 +13,7 @@ from pallas_kernels.int8_matmul import llvm_cpu
 pytestmark = [
   pytest.mark.short,
   pytest.mark.skipif(
-    not (cpu.available() and llvm_ir.has('avx512vnni')),
+    bool(cpu.missing()) or not llvm_ir.has('avx512vnni'),
     reason='needs llvmlite and a processor with AVX-512 VNNI',
   ),
 ]
@@ -88,7 +88,8 @@ def test_the_platform_chooses():
   ('rows', 'inner', 'columns', 'message'),
   [
     (17, 16, 64, '17 rows of 16 are not 1 to 16 rows'),
-    (16, 2**14 + 16, 64, '262144 numbers together'),
+    (2, 2**17 + 16, 64, '262144 numbers together'),
+    (7, 2**13 + 16, 64, 'more than 6 rows of 8208 are longer than 8192'),
     (2, 24, 64, r'\[24, 64\] is not of multiples of 16 and 64'),
     (2, 16, 96, r'\[16, 96\] is not of multiples'),
   ],
