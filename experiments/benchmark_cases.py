@@ -10,7 +10,6 @@ import jax
 import ml_collections
 import numpy as np
 
-from efficiency_jax import drafts
 from efficiency_jax import engine as engine_lib
 from efficiency_jax import generation
 from efficiency_jax import trees
@@ -22,8 +21,8 @@ from efficiency_jax.io import assets
 from efficiency_jax.io import export
 from efficiency_jax.io import pretrained
 from efficiency_jax.models import cache as kv_cache
-from efficiency_jax.models import layers
 from experiments import candidates
+from experiments import methods
 from experiments import peers
 from experiments import workdir as workdirs
 
@@ -222,18 +221,15 @@ def assistant(
   It is the one that `config.trained.draft_model` names, with the output head of
   the target, or else every `config.draft_every`-th layer of the target.
   """
-  name = config.trained.get('draft_model', '')
-  if name:
-    path = name if name.endswith('.safetensors') else drafts.shipped(name)
-    draft = drafts.load(path, lm)
-    form = dataclasses.replace(draft.form, vocabulary=None)
-    small = form.config
-    params = draft_model.weights(form, draft.params, lm.params)
-  else:
-    kept = range(0, lm.config.num_layers, config.draft_every)
-    small, params = layers.select(lm.config, lm.params, kept)
+  draft = methods.trained(lm, config, 'draft model')
+  if draft is None:
+    return methods.cut(lm, config.draft_every)
+  form = dataclasses.replace(draft.form, vocabulary=None)
   return dataclasses.replace(
-    lm, name=f'draft of {lm.name}', config=small, params=params
+    lm,
+    name=f'draft of {lm.name}',
+    config=form.config,
+    params=draft_model.weights(form, draft.params, lm.params),
   )
 
 

@@ -48,7 +48,7 @@ def build(lm, config) -> list[decoding.Method]:
       ),
     )
   ]
-  trained = functools.cache(lambda kind: _trained(lm, config, kind))
+  find = functools.cache(lambda kind: trained(lm, config, kind))
   for name in config.methods:
     kind, _, length = name.partition(', ')
     drafter, _, verifier = kind.partition('/')
@@ -58,7 +58,7 @@ def build(lm, config) -> list[decoding.Method]:
         f"methods are 'drafter', 'drafter/verifier' or either with ', LENGTH':"
         f' {name!r} is none of them.'
       )
-    heads = trained(drafter) if drafter in _SCRIPTS else None
+    heads = find(drafter) if drafter in _SCRIPTS else None
     untrained = drafter == 'draft model' and heads is None
     trees = None
     if shape:
@@ -71,7 +71,7 @@ def build(lm, config) -> list[decoding.Method]:
       drafter=drafter,
       heads=heads,
       trees=trees,
-      draft=_cut(lm, config.draft_every) if untrained else None,
+      draft=cut(lm, config.draft_every) if untrained else None,
       exit_layers=config.exit_layers if drafter == 'early exit' else None,
       draft_length=int(length) if length else None,
       verifier=verifier or None,
@@ -96,7 +96,7 @@ def _shape(drafter: str) -> tuple[str, str]:
   return drafter, ''
 
 
-def _cut(lm, every: int) -> pretrained.LanguageModel:
+def cut(lm, every: int) -> pretrained.LanguageModel:
   """Every n-th layer of the target, as it is: an untrained draft model."""
   kept = range(0, lm.config.num_layers, every)
   config, params = layers.select(lm.config, lm.params, kept)
@@ -108,7 +108,7 @@ def _cut(lm, every: int) -> pretrained.LanguageModel:
   )
 
 
-def _trained(lm, config, kind: str) -> drafts.Draft | None:
+def trained(lm, config, kind: str) -> drafts.Draft | None:
   """The trained draft that `config.trained` names: a shipped one, or a file.
 
   None if it names none and there is an untrained draft model to take.
