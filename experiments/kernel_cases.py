@@ -184,16 +184,15 @@ def _int8_cache(q, k, v):
 
 
 def _few_rows(config: ml_collections.ConfigDict) -> Iterator[Case]:
-  """A few rows and a large matrix, in float32 and in eight bits."""
+  """A few rows and a large matrix, in float32, in eight and in four bits."""
   for m, k, n in config.few_rows:
     candidates, needed = {}, {}
-    for name in config.products_of_few_rows:
-      wide = functools.partial(narrow_matmul.narrow_matmul, implementation=name)
-      candidates[f'float32, {name}'] = compiled(wide)
-      needed[f'float32, {name}'] = roofline.matmul(m, n, k)
-      narrow = functools.partial(int8_matmul.int8_matmul, implementation=name)
-      candidates[f'int8, {name}'] = compiled(narrow, _int8_weights)
-      needed[f'int8, {name}'] = roofline.matmul(m, n, k, w_bits=8)
+    for name, (label, (product, convert, bits)) in itertools.product(
+      config.products_of_few_rows, _few_rows_products().items()
+    ):
+      ours = functools.partial(product, implementation=name)
+      candidates[f'{label}, {name}'] = compiled(ours, convert)
+      needed[f'{label}, {name}'] = roofline.matmul(m, n, k, w_bits=bits)
     yield Case(
       operation='product of few rows',
       size=m,
@@ -201,6 +200,26 @@ def _few_rows(config: ml_collections.ConfigDict) -> Iterator[Case]:
       candidates=candidates,
       work=needed,
     )
+
+
+def _few_rows_products():
+  """Products, how they want their operands, and the bits of a weight."""
+  int8, dequant = int8_matmul.int8_matmul, dequant_matmul.dequant_matmul
+  quantize_int4, int4_bits = _FORMATS['int4']
+  as_int4 = lambda x, w: (x, *quantize_int4(w)[:2])
+  return {
+    'float32': (narrow_matmul.narrow_matmul, lambda x, w: (x, w), 32),
+    'int8, int8 rows': (int8, _int8_weights, 8),
+    'int4, int8 rows': (int8, as_int4, int4_bits),
+    **{
+      f'{name}, float32 rows': (
+        dequant,
+        lambda x, w, quantize=quantize: (x, *quantize(w)),
+        bits,
+      )
+      for name, (quantize, bits) in _FORMATS.items()
+    },
+  }
 
 
 def _int8(config: ml_collections.ConfigDict) -> Iterator[Case]:

@@ -15,12 +15,16 @@ except ImportError:  # the extra `cpu`
   binding = ir = None
 
 if ir:
-  i8, i32, i64, f32 = *map(ir.IntType, (8, 32, 64)), ir.FloatType()
+  i8, i32, i64 = map(ir.IntType, (8, 32, 64))
+  f16, f32 = ir.HalfType(), ir.FloatType()
 else:
-  i8 = i32 = i64 = f32 = None
+  i8 = i32 = i64 = f16 = f32 = None
 
 Value = Any  # an ir.Value
 Type = Any  # an ir.Type
+
+# Of a group before the next group, and between asking for a tile and using it.
+_TILES, _AHEAD = 16, 2
 
 
 # The processor that runs this.
@@ -100,6 +104,72 @@ def count(builder, start, stop, step) -> Iterator[Value]:
     yield i
 
 
+def tiles_by_groups(
+  builder,
+  share: tuple[Value, Value],
+  groups: int,
+  size: int,
+  *,
+  add: Callable[[Value, Value, Value, tuple[Value, Value]], None],
+  write: Callable[[Value, Value], None],
+) -> None:
+  """Tiles of sums that grow by one group of an inner axis after another.
+
+      group 0   tile 0   tile 1   ...   tile 15
+      group 1   tile 0   ...                      then the next sixteen tiles
+
+  So a matrix is read in runs of sixteen tiles, and the sums stay in a cache.
+  A run is too short for a processor to guess what is read next: `add` is told.
+
+  Args:
+    builder: Of the instructions.
+    share: The first tile, and the one after the last.
+    groups: How many there are.
+    size: float32 numbers of a tile.
+    add: Emits `add(group, tile, sums, later)`; the sums of a tile are on the
+      stack and begin as zeros, and `later` are the group and the tile that will
+      be added two steps later, whose bytes may be asked for now.
+    write: Emits `write(tile, sums)` when all groups have been added.
+  """
+  first, last = share
+  sums = room(builder, _TILES * size)
+  with count(builder, first, last, _TILES) as begin:
+    end = least(builder, builder.add(begin, number(_TILES)), last)
+
+    def own(tile):
+      index = builder.mul(builder.sub(tile, begin), number(size))
+      return place(builder, sums, index)
+
+    with count(builder, 0, _TILES * size, lanes()) as i:
+      store(builder, zeros(), place(builder, sums, i))
+    with (
+      count(builder, 0, groups, 1) as g,
+      count(builder, begin, end, 1) as tile,
+    ):
+      add(
+        g, tile, own(tile), _later(builder, g, groups, tile, (begin, end), last)
+      )
+    with count(builder, begin, end, 1) as tile:
+      write(tile, own(tile))
+
+
+def _later(builder, g, groups: int, tile, run, last) -> tuple[Value, Value]:
+  """The group and the tile some steps later, which may be of the next run."""
+  begin, end = run
+  size = builder.sub(end, begin)
+  step = builder.add(builder.mul(g, size), builder.sub(tile, begin))
+  step = builder.add(step, number(_AHEAD))
+  group, place = builder.udiv(step, size), builder.urem(step, size)
+  here = builder.icmp_signed('<', group, number(groups))
+  following = least(
+    builder, builder.add(end, place), builder.sub(last, number(1))
+  )
+  return (
+    builder.select(here, group, number(0)),
+    builder.select(here, builder.add(begin, place), following),
+  )
+
+
 # Numbers and vectors. A vector has as many numbers as a register has of
 # float32, whatever its type.
 
@@ -112,6 +182,11 @@ def number(value: int | Value) -> Value:
 def constant(value: float, kind: Type = f32) -> Value:
   """A number of a type."""
   return ir.Constant(kind, value)
+
+
+def least(builder, a: Value, b: Value) -> Value:
+  """The smaller one of two integers."""
+  return builder.select(builder.icmp_signed('<', a, b), a, b)
 
 
 def vector_of(kind: Type = f32) -> Type:
@@ -146,8 +221,12 @@ def place(builder, base: Value, index: int | Value, kind: Type = f32) -> Value:
 
 
 def room(builder, size: int, kind: Type = f32) -> Value:
-  """The address of `size` numbers on the stack; not inside of a loop."""
+  """The address of `size` numbers on the stack; not inside of a loop.
+
+  It begins a line of the cache, so that no aligned vector lies across two.
+  """
   address = builder.alloca(kind, size)
+  address.align = 64
   address.type = ir.PointerType()  # llvmlite remembers what it points to
   return address
 
@@ -162,6 +241,14 @@ def load_vector(builder, address: Value, kind: Type = f32) -> Value:
   return builder.load(address, typ=vector_of(kind), align=1)
 
 
+def load_float32(builder, base: Value, index: Value, dtype: str) -> Value:
+  """The vector of float32 or float16 from `base[index]` on, as float32."""
+  if dtype == 'float32':
+    return load_vector(builder, place(builder, base, index))
+  narrow = load_vector(builder, place(builder, base, index, f16), f16)
+  return builder.fpext(narrow, vector_of())
+
+
 def load_bytes(builder, address: Value) -> Value:
   """64 bytes."""
   return builder.load(address, typ=ir.VectorType(i8, 64), align=1)
@@ -170,6 +257,13 @@ def load_bytes(builder, address: Value) -> Value:
 def store(builder, value: Value, address: Value) -> None:
   """Writes a number or a vector."""
   builder.store(value, address, align=1)
+
+
+def prefetch(builder, address: Value) -> None:
+  """Asks for the line of a cache at an address, which may be any."""
+  to_read, to_stay, data = 0, 3, 1
+  how = (constant(i, i32) for i in (to_read, to_stay, data))
+  _call(builder, 'prefetch.p0', ir.VoidType(), (address, *how))
 
 
 # Arithmetic that LLVM has no instruction for, but an intrinsic.
@@ -198,6 +292,15 @@ def dot4(builder, sums: Value, unsigned: Value, signed: Value) -> Value:
   octets = ir.VectorType(i8, 64)
   args = (sums, *(builder.bitcast(v, octets) for v in (unsigned, signed)))
   return _call(builder, 'x86.avx512.vpdpbusd.512', sums.type, args)
+
+
+def look_up(builder, table: Value, codes: Value) -> Value:
+  """Numbers of a table of sixteen, by the low four bits of sixteen int32.
+
+  VPERMPS of AVX-512.
+  """
+  name = 'x86.avx512.permvar.sf.512'
+  return _call(builder, name, table.type, (table, codes))
 
 
 def _suffix(kind: Type) -> str:

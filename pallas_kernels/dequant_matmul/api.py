@@ -19,6 +19,7 @@ from pallas_kernels import dispatch
 from pallas_kernels import shards
 from pallas_kernels.dequant_matmul import blockwise
 from pallas_kernels.dequant_matmul import formats
+from pallas_kernels.dequant_matmul import llvm_cpu
 from pallas_kernels.dequant_matmul import mosaic_gpu
 from pallas_kernels.dequant_matmul import mosaic_tpu
 from pallas_kernels.dequant_matmul import reference
@@ -28,6 +29,7 @@ IMPLEMENTATIONS = {
   'blockwise': blockwise.dequant_matmul,
   'mosaic_tpu': mosaic_tpu.dequant_matmul,
   'mosaic_gpu': mosaic_gpu.dequant_matmul,
+  'llvm_cpu': llvm_cpu.dequant_matmul,
 }
 
 
@@ -59,21 +61,22 @@ def dequant_matmul(
 ) -> jax.Array:
   """x times a quantized matrix; differentiable with respect to x.
 
-  w is dequantized in float32, rounded to the dtype of x, multiplied, and summed
-  in float32. The gradient d_out @ w' runs in the same implementation; that of
-  `mosaic_gpu` is left to the next of a tuple, and by None to `blockwise`.
+  w is dequantized in float32, rounded to the dtype of x (not by `llvm_cpu`),
+  multiplied, and summed in float32. The gradient d_out @ w' runs in the same
+  implementation; that of `mosaic_gpu` and `llvm_cpu` is left to the next of a
+  tuple, and by None to `blockwise`.
 
   Args:
     x: [..., K] of a float dtype.
     values: [K, N] int8; or [K / 2, N] uint8, two values of 4 bits a byte as
       `formats.pack_int4` packs them, integers in two's complement or codes.
-    scales: [K / G, N] float32, one for G consecutive rows of a column. A
-      single row of them is one scale a column. With 4 bits, 32 divides G.
+    scales: [K / G, N] float32 or float16, one for G consecutive rows of a
+      column. A single row is one scale a column. With 4 bits, 32 divides G.
     codebook: [16] float32, the value of each 4-bit code. None takes 4 bits as
       integers.
     out_dtype: Of the result; None is that of x.
     implementation: See `dispatch`: 'reference', 'blockwise', 'mosaic_tpu',
-      'mosaic_gpu', or None.
+      'mosaic_gpu', 'llvm_cpu' (1 to 16 rows), or None.
 
   Returns:
     [..., N] in `out_dtype`.
@@ -156,8 +159,8 @@ def _check(x, values, scales, codebook) -> None:
     raise ValueError(
       f'scales must be [K / G, {values.shape[1]}], got {scales.shape}.'
     )
-  if scales.dtype != jnp.float32:
-    raise ValueError(f'scales must be float32, got {scales.dtype}.')
+  if scales.dtype not in (jnp.float32, jnp.float16):
+    raise ValueError(f'scales must be float32 or float16, got {scales.dtype}.')
   groups, unit = scales.shape[0], formats.BLOCK if packed else 1
   if not groups or k % (groups * unit) or not k:
     raise ValueError(

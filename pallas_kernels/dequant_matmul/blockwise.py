@@ -27,7 +27,7 @@ _UNIT = 128  # columns of a block are a multiple
 def dequant_matmul(
   x: jax.Array,  # [M, K], or [M, N] if transposed
   values: jax.Array,  # [K, N] int8, or [K / 2, N] uint8
-  scales: jax.Array,  # [K / G, N] float32
+  scales: jax.Array,  # [K / G, N] float32 or float16
   codebook: jax.Array | None = None,  # [16] float32
   *,
   transposed: bool,
@@ -49,8 +49,9 @@ def dequant_matmul(
     parts = _dequantize(cut(values), cut(scales), codebook, x.dtype)
     if transposed:
       return [_dot(cut(x), part, 1) for part in parts]
-    pairs = zip(_halves(x) if packed else [x], parts, strict=True)
-    return sum(_dot(own, part, 0) for own, part in pairs)
+    own = formats.columns_of_halves(x) if packed else [x]
+    pairs = zip(own, parts, strict=True)
+    return sum(_dot(columns, part, 0) for columns, part in pairs)
 
   # The last block may be narrower. It comes first: the loop then starts from
   # numbers that are as replicated or sharded as its own.
@@ -97,13 +98,7 @@ def _dot(x, w, axis) -> jax.Array:
   )
 
 
-def _halves(x: jax.Array) -> list[jax.Array]:
-  """Columns of x [M, K] that meet the low and the high halves of bytes."""
-  x = x.reshape(len(x), -1, 2, formats.HALF)
-  return [x[:, :, half].reshape(len(x), -1) for half in range(2)]
-
-
 def _whole(low: jax.Array, high: jax.Array) -> jax.Array:
-  """The inverse of `_halves`: twice [M, K / 2] to [M, K]."""
+  """The inverse of `formats.columns_of_halves`: twice [M, K / 2] to [M, K]."""
   low, high = (x.reshape(len(x), -1, formats.HALF) for x in (low, high))
   return jnp.stack([low, high], axis=2).reshape(len(low), -1)

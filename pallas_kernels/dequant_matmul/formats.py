@@ -107,6 +107,13 @@ def halves(packed: jax.Array, *, signed: bool) -> tuple[jax.Array, jax.Array]:
   return packed & 15, packed >> 4 & 15
 
 
+def columns_of_halves(x: jax.Array) -> list[jax.Array]:
+  """Columns of x [M, K] that meet the low and the high half of each byte."""
+  rows, columns = x.shape
+  x = x.reshape(rows, columns // BLOCK, 2, HALF)
+  return [x[:, :, half].reshape(rows, columns // 2) for half in range(2)]
+
+
 def unpack_int4(packed: jax.Array, *, signed: bool) -> jax.Array:
   """What `pack_int4` packed: [K / 2, N] uint8 to [K, N] int32."""
   rows, columns = packed.shape

@@ -75,7 +75,7 @@ _MULTIPROCESSORS = 132  # of an H100 or H200; each holds one block
 def dequant_matmul(
   x: jax.Array,  # [M, K]
   values: jax.Array,  # [K, N] int8, or [K / 2, N] uint8
-  scales: jax.Array,  # [K / G, N] float32
+  scales: jax.Array,  # [K / G, N] float32 or float16
   codebook: jax.Array | None = None,  # [16] float32
   *,
   transposed: bool,
@@ -108,6 +108,7 @@ def dequant_matmul(
   scale_rows = max(1, DEPTH // group)
   serves = pl.cdiv(group, DEPTH)
   more = pl.cdiv(count, serves) * scale_rows - len(scales)
+  scales = scales.astype(jnp.float32)
   scales = jnp.pad(scales, ((0, more), (0, grid[0] * width - n)))
   # Copies may end beyond the edge, but not inside of 8 rows or 64 bytes.
   values = jnp.pad(values, ((0, -stored % 8), (0, -n % _UNIT)))

@@ -70,7 +70,7 @@ TILES = Tiles()
 def dequant_matmul(
   x: jax.Array,  # [M, K], or [M, N] if transposed
   values: jax.Array,  # [K, N] int8, or [K / 2, N] uint8
-  scales: jax.Array,  # [K / G, N] float32
+  scales: jax.Array,  # [K / G, N] float32 or float16
   codebook: jax.Array | None = None,  # [16] float32
   *,
   transposed: bool,
@@ -113,6 +113,7 @@ def dequant_matmul(
   rows, serves = max(1, tile.k // group), pl.cdiv(group, tile.k)
   missing = rows * pl.cdiv(steps.k, serves) - len(scales)
   columns = steps.n * tile.n
+  scales = scales.astype(jnp.float32)
   scales = jnp.pad(scales, ((0, missing), (0, columns - n)))
   inner = columns if transposed else steps.k * tile.k
   x = jnp.pad(x, ((0, max(m, tile.m) - m), (0, inner - x.shape[1])))

@@ -8,7 +8,7 @@ from pallas_kernels.dequant_matmul import formats
 
 def dequantize(
   values: jax.Array,  # [K, N] int8, or [K / 2, N] uint8
-  scales: jax.Array,  # [K / G, N] float32
+  scales: jax.Array,  # [K / G, N] float32 or float16
   codebook: jax.Array | None = None,  # [16] float32
 ) -> jax.Array:
   """The whole weight, [K, N] float32; for tests and for changing formats."""
@@ -25,7 +25,7 @@ def dequantize(
 def dequant_matmul(
   x: jax.Array,  # [M, K], or [M, N] if transposed
   values: jax.Array,  # [K, N] int8, or [K / 2, N] uint8
-  scales: jax.Array,  # [K / G, N] float32
+  scales: jax.Array,  # [K / G, N] float32 or float16
   codebook: jax.Array | None = None,  # [16] float32
   *,
   transposed: bool,

@@ -3,47 +3,96 @@
 VPDPBUSD multiplies four unsigned bytes with four signed ones and adds all to an
 int32, sixteen times. For it the bytes of four rows of w are interleaved in
 registers and made unsigned, w + 128; what that adds, 128 sum_k q, is taken off
-the sums before they begin. int32 wraps around, so this is exact. The registers
-hold the sums of six rows; where there are more, the first six leave the tile of
-weights on the stack as it was interleaved: a tile is 64 bytes out of every row
-of w, which a cache may not hold together.
+the sums before they begin. int32 wraps around, so this is exact. Of a byte of
+two values of 4 bits each half is made unsigned, w + 8, and meets its own x.
+
+A tile of a group is multiplied in registers, scaled, and added to sums of
+float32. These lie as the interleaved weights do, and are put in order when the
+last group is done. A single group is cut into blocks, and the sums are int32.
+
+The registers hold the sums of six rows; where there are more, the first six
+leave the tile of weights on the stack as it was interleaved.
 
 Rows of floats are quantized by every part for itself: that is less work than to
 wait for one another.
 """
+
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import llvm_cpu
 from pallas_kernels import llvm_ir as ll
+from pallas_kernels.dequant_matmul import formats
 from pallas_kernels.int8_matmul import reference
 
 MOST_ROWS = 16
 # What a thread has on its stack: quantized rows, and a tile of weights.
 _MOST_VALUES = 2**18
-_MOST_INNER = 2**13
+_MOST_BLOCK = 2**13
 _ROWS = 6  # at a time: 24 registers of sums
 _COLUMNS = 64  # of a tile
 _DEPTH = 4  # numbers that one instruction multiplies
+_BLOCK = 128  # rows of w of a tile, where they need not be those of a group
+
+
+class _Product(NamedTuple):
+  """What is static about a kernel; the dtypes are names."""
+
+  rows: int
+  inner: int
+  columns: int
+  groups: int
+  packed: bool
+  scales: str
+  offsets: str | None
+  parts: int
+
+  @property
+  def group(self) -> int:
+    """Rows of w in a group."""
+    return self.inner // self.groups
+
+  @property
+  def block(self) -> int:
+    """Rows of w that are multiplied at a time: a group, or part of the one."""
+    return self.group if self.groups > 1 else math.gcd(self.inner, _BLOCK)
+
+  @property
+  def depth(self) -> int:
+    """Rows of bytes in a block."""
+    return self.block // self.halves
+
+  @property
+  def halves(self) -> int:
+    """Values in a byte."""
+    return 2 if self.packed else 1
+
+  @property
+  def bias(self) -> int:
+    """What makes values unsigned."""
+    return 8 if self.packed else 128
 
 
 def int8_matmul(
   x: jax.Array,  # [M, K] float, or int8
-  w: jax.Array,  # [K, N] int8
-  w_scales: jax.Array,  # [N] float32
+  w: jax.Array,  # [K, N] int8, or [K / 2, N] uint8
+  w_scales: jax.Array,  # [N] or [K / G, N]
   x_scales: jax.Array | None = None,  # [M] float32, of int8 x
+  w_offsets: jax.Array | None = None,  # like w_scales
   *,
   out_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
-  """(q @ w) s_x s_w, [M, N]; see `api`.
+  """(q @ w) s_x, [M, N]; see `api`.
 
   Raises:
     NotImplementedError: For more than 16 rows, for sizes that do not fill
       tiles, and where there is no VNNI or nothing can be compiled.
   """
-  rows, inner = x.shape
-  columns = w.shape[1]
+  (rows, inner), columns = x.shape, w.shape[1]
+  groups = len(jnp.atleast_2d(w_scales))
   if reason := llvm_cpu.missing():
     raise NotImplementedError(reason)
   if not ll.has('avx512vnni'):
@@ -53,152 +102,319 @@ def int8_matmul(
       f'{rows} rows of {inner} are not 1 to {MOST_ROWS} rows of'
       f' {_MOST_VALUES} numbers together'
     )
-  if rows > _ROWS and inner > _MOST_INNER:
+  if rows > _ROWS and groups > 1 and inner // groups > _MOST_BLOCK:
     raise NotImplementedError(
-      f'more than {_ROWS} rows of {inner} are longer than {_MOST_INNER}'
+      f'more than {_ROWS} rows share groups of {inner // groups}, which are'
+      f' longer than {_MOST_BLOCK}'
     )
-  if not inner or inner % ll.lanes() or columns % _COLUMNS:
+  if not inner or (inner // groups) % ll.lanes() or columns % _COLUMNS:
     raise NotImplementedError(
-      f'[{inner}, {columns}] is not of multiples of {ll.lanes()} and {_COLUMNS}'
+      f'[{inner}, {columns}] in {groups} groups is not of multiples of'
+      f' {ll.lanes()} and {_COLUMNS}'
     )
-  args = [x, w, w_scales.astype(jnp.float32)]
+  # float16 stays as narrow as it is stored.
+  stored = lambda of: of if of.dtype == jnp.float16 else of.astype(jnp.float32)
+  weight = [w, *(stored(of) for of in (w_scales, w_offsets) if of is not None)]
   if x_scales is None:
-    args[0] = x.astype(jnp.float32)
+    args = [x.astype(jnp.float32), *weight]
   else:
-    args += [x_scales, -128 * x.astype(jnp.int32).sum(-1)]
-  parts = llvm_cpu.parts()
+    sums = x.astype(jnp.int32).reshape(rows, groups, -1).sum(-1)
+    args = [x, *weight, x_scales, sums]
+  product = _Product(
+    rows=rows,
+    inner=inner,
+    columns=columns,
+    groups=groups,
+    packed=w.dtype == jnp.uint8,
+    scales=str(weight[1].dtype),
+    offsets=None if w_offsets is None else str(weight[2].dtype),
+    parts=llvm_cpu.parts(),
+  )
   return llvm_cpu.call(
     _emit,
-    (rows, inner, columns, parts),
+    product,
     args,
     jax.ShapeDtypeStruct((rows, columns), jnp.float32),
-    parts=parts,
+    parts=product.parts,
   ).astype(out_dtype)
 
 
-def _emit(builder, static, pointers, part) -> None:
+class _Memory(NamedTuple):
+  """Where everything lies."""
+
+  x: ll.Value  # [M, K] int8
+  x_scales: ll.Value  # [M]
+  x_sums: ll.Value  # [M, K / G] int32
+  w: ll.Value
+  w_scales: ll.Value
+  w_offsets: ll.Value | None
+  out: ll.Value
+  kept: ll.Value | None  # on the stack: a tile of a block as it was interleaved
+
+
+def _emit(builder, p: _Product, pointers, part) -> None:
   """Tiles of 64 columns."""
-  rows, inner, columns, parts = static
-  *args, out = pointers
-  x, w, w_scales, *given = args
-  if given:
-    x_scales, start = given
-  else:
-    x, x_scales, start = _quantized(builder, x, rows, inner)
-  groups = ll.groups(rows, _ROWS)
-  # Of a tile of w, in the order of `_interleaved`, for the groups to come.
-  kept = ll.room(builder, inner * _COLUMNS, ll.i8) if groups[1:] else None
-  first, last = ll.share(builder, part, parts, columns // _COLUMNS)
-  with ll.count(builder, first, last, 1) as tile:
-    column = builder.mul(tile, ll.number(_COLUMNS))
-    for group in groups:
-      sums = [
-        _splat(builder, start, m, ll.i32) for m in group for _ in range(4)
-      ]
-      steps = ll.carry(builder, 0, inner, _DEPTH, sums)
-      with steps as (k, carried, keep):
-        again = group is not groups[0]
-        weights = _weights(builder, w, kept, k, column, columns, again)
-        new = []
-        for n, m in enumerate(group):
-          index = builder.add(k, ll.number(m * inner))
-          place = ll.place(builder, x, index, ll.i8)
-          values = ll.spread(builder, ll.load(builder, place, ll.i32))
-          new += [
-            ll.dot4(builder, carried[4 * n + i], weights[i], values)
-            for i in range(4)
-          ]
-        keep(new)
-      for n, m in enumerate(group):
-        scale = _splat(builder, x_scales, m, ll.f32)
-        for lane in range(4):
-          vector = _lane_of_each(builder, carried[4 * n : 4 * n + 4], lane)
-          here = builder.add(column, ll.number(16 * lane))
-          other = ll.place(builder, w_scales, here)
-          value = builder.fmul(builder.sitofp(vector, scale.type), scale)
-          value = builder.fmul(value, ll.load_vector(builder, other))
-          index = builder.add(here, ll.number(m * columns))
-          ll.store(builder, value, ll.place(builder, out, index))
+  x, w, w_scales, *others, out = pointers
+  w_offsets = others.pop(0) if p.offsets else None
+  x, x_scales, x_sums = (x, *others) if others else _quantized(builder, x, p)
+  kept = None
+  if p.rows > _ROWS:
+    kept = ll.room(builder, p.block * _COLUMNS, ll.i8)
+  add = _add_group if p.groups > 1 else _add_integers
+  at = _Memory(x, x_scales, x_sums, w, w_scales, w_offsets, out, kept)
+  ll.tiles_by_groups(
+    builder,
+    ll.share(builder, part, p.parts, p.columns // _COLUMNS),
+    p.inner // p.block,
+    p.rows * _COLUMNS,
+    add=lambda *where: add(builder, p, at, *where),
+    write=lambda *where: _write(builder, p, at, *where),
+  )
 
 
-def _splat(builder, base, index: int, kind):
-  """A vector of `base[index]`."""
-  place = ll.place(builder, base, index, kind)
-  return ll.spread(builder, ll.load(builder, place, kind))
+def _add_group(builder, p: _Product, at: _Memory, g, tile, sums, later) -> None:
+  """Adds s sum_k q w, and o sum_k q, of a group to the sums of a tile."""
+  for rows in ll.groups(p.rows, _ROWS):
+    start = [
+      vector for m in rows for vector in [_start(builder, p, at, m, g)] * 4
+    ]
+    products = _products(builder, p, at, (g, tile), rows, start, later)
+    for m, terms in _terms(builder, p, at, g, tile, rows, products):
+      places = _four(builder, sums, ll.number(m * _COLUMNS))
+      for place, term in zip(places, terms, strict=True):
+        total = builder.fadd(ll.load_vector(builder, place), term)
+        ll.store(builder, total, place)
 
 
-def _quantized(builder, x, rows: int, inner: int):
-  """int8 rows, their scales, and -128 times their sums; as `reference` does."""
-  values = ll.room(builder, rows * inner, ll.i8)
-  scales = ll.room(builder, rows)
-  start = ll.room(builder, rows, ll.i32)
+def _add_integers(
+  builder, p: _Product, at: _Memory, block, tile, sums, later
+) -> None:
+  """Adds sum_k q w of a block of the only group to sums of int32."""
+  for rows in ll.groups(p.rows, _ROWS):
+    places = [
+      place
+      for m in rows
+      for place in _four(builder, sums, ll.number(m * _COLUMNS))
+    ]
+    start = [ll.load_vector(builder, place, ll.i32) for place in places]
+    products = _products(builder, p, at, (block, tile), rows, start, later)
+    for place, vector in zip(places, sum(products, []), strict=True):
+      ll.store(builder, vector, place)
+
+
+def _write(builder, p: _Product, at: _Memory, tile, sums) -> None:
+  """Puts the sums of a tile in order and scales them by their rows."""
+  kind = ll.f32 if p.groups > 1 else ll.i32
+  for m in range(p.rows):
+    places = _four(builder, sums, ll.number(m * _COLUMNS))
+    vectors = [ll.load_vector(builder, place, kind) for place in places]
+    if p.groups == 1:
+      start = _start(builder, p, at, m, ll.number(0))
+      products = [[builder.add(vector, start) for vector in vectors]]
+      (_, vectors), *more = _terms(
+        builder, p, at, ll.number(0), tile, range(m, m + 1), products
+      )
+      for _, terms in more:
+        vectors = [builder.fadd(*two) for two in zip(vectors, terms)]
+    scale = ll.load(builder, ll.place(builder, at.x_scales, m), ll.f32)
+    scale = ll.spread(builder, scale)
+    index = builder.add(
+      builder.mul(tile, ll.number(_COLUMNS)), ll.number(m * p.columns)
+    )
+    places = _four(builder, at.out, index)
+    for place, vector in zip(places, _turned(builder, vectors), strict=True):
+      ll.store(builder, builder.fmul(vector, scale), place)
+
+
+def _terms(builder, p: _Product, at: _Memory, g, tile, rows, products):
+  """What a group adds to rows, in order: rows and four vectors of float32.
+
+  Products with scales come first, then sums of x with offsets.
+  """
+  line = builder.add(
+    builder.mul(g, ll.number(p.columns)), builder.mul(tile, ll.number(_COLUMNS))
+  )
+  factors = _factors(builder, at.w_scales, line, p.scales)
+  for m, vectors in zip(rows, products, strict=True):
+    yield (
+      m,
+      [
+        builder.fmul(builder.sitofp(vector, factor.type), factor)
+        for vector, factor in zip(vectors, factors, strict=True)
+      ],
+    )
+  if p.offsets:
+    factors = _factors(builder, at.w_offsets, line, p.offsets)
+    for m in rows:
+      total = ll.spread(builder, _x_sum(builder, p, at, m, g))
+      total = builder.sitofp(total, factors[0].type)
+      yield m, [builder.fmul(total, factor) for factor in factors]
+
+
+def _factors(builder, base, index, dtype: str):
+  """Scales of 64 columns from an index on, in the order of `_interleaved`."""
+  vectors = [
+    ll.load_float32(builder, base, builder.add(index, ll.number(16 * i)), dtype)
+    for i in range(4)
+  ]
+  return _turned(builder, vectors)
+
+
+def _four(builder, base, index):
+  """Addresses of four consecutive vectors of float32."""
+  return [
+    ll.place(builder, base, builder.add(index, ll.number(16 * i)))
+    for i in range(4)
+  ]
+
+
+def _x_sum(builder, p: _Product, at: _Memory, m: int, g):
+  """sum_k q of a group of row m."""
+  index = builder.add(g, ll.number(m * p.groups))
+  return ll.load(builder, ll.place(builder, at.x_sums, index, ll.i32), ll.i32)
+
+
+def _start(builder, p: _Product, at: _Memory, m: int, g):
+  """A vector of what makes up for the bias of weights in sums of a row."""
+  total = _x_sum(builder, p, at, m, g)
+  total = builder.mul(total, ll.constant(-p.bias, ll.i32))
+  return ll.spread(builder, total)
+
+
+def _products(builder, p: _Product, at: _Memory, now, rows, start, later):
+  """Adds sum_k q w of a block and some rows to four vectors of int32 for each.
+
+  `now` and `later` are blocks and tiles: what to multiply, and what to ask for.
+  """
+  again = rows.start > 0
+  steps = ll.carry(builder, 0, p.depth, _DEPTH, start)
+  with steps as (row, carried, keep):
+    halves = _weights(
+      builder, p, at, row, _four_rows(builder, p, at, *now, row), again
+    )
+    if not again:
+      for place in _four_rows(builder, p, at, *later, row):
+        ll.prefetch(builder, place)
+    k = row
+    if p.packed:
+      # Row i of 16 rows of bytes holds rows i and 16 + i of 32.
+      place = builder.and_(row, ll.number(formats.HALF - 1))
+      k = builder.sub(builder.add(row, row), place)
+    k = builder.add(builder.mul(now[0], ll.number(p.block)), k)
+    new = []
+    for n, m in enumerate(rows):
+      four = carried[4 * n : 4 * n + 4]
+      for half, weights in enumerate(halves):
+        offset = ll.number(m * p.inner + half * formats.HALF)
+        place = ll.place(builder, at.x, builder.add(k, offset), ll.i8)
+        values = ll.spread(builder, ll.load(builder, place, ll.i32))
+        four = [
+          ll.dot4(builder, total, weight, values)
+          for total, weight in zip(four, weights, strict=True)
+        ]
+      new += four
+    keep(new)
+  return [carried[4 * n : 4 * n + 4] for n in range(len(rows))]
+
+
+def _quantized(builder, x, p: _Product):
+  """int8 rows, their scales and sums of groups; as `reference` does."""
+  values = ll.room(builder, p.rows * p.inner, ll.i8)
+  scales = ll.room(builder, p.rows)
+  totals = ll.room(builder, p.rows * p.groups, ll.i32)
   lanes = ll.lanes()
-  with ll.count(builder, 0, rows, 1) as m:
-    line = builder.mul(m, ll.number(inner))
-    largest = [ll.zeros()]
-    steps = ll.carry(builder, 0, inner, lanes, largest)
+  with ll.count(builder, 0, p.rows, 1) as m:
+    line = builder.mul(m, ll.number(p.inner))
+    steps = ll.carry(builder, 0, p.inner, lanes, [ll.zeros(ll.i32)])
     with steps as (k, largest, keep):
       place = ll.place(builder, x, builder.add(line, k))
-      vector = ll.load_vector(builder, place)
-      size = ll.apply(builder, 'fabs', vector)
-      keep([ll.apply(builder, 'maximum', largest[0], size)])
-    largest = ll.apply(builder, 'vector.reduce.fmaximum', largest[0])
+      size = ll.apply(builder, 'fabs', ll.load_vector(builder, place))
+      # The bits of numbers that are not negative are ordered as they are, with
+      # NaN above all, and integers are compared in one step.
+      bits = builder.bitcast(size, ll.vector_of(ll.i32))
+      keep([ll.apply(builder, 'umax', largest[0], bits)])
+    largest = ll.apply(builder, 'vector.reduce.umax', largest[0])
+    largest = builder.bitcast(largest, ll.f32)
     scale = builder.fmul(largest, ll.constant(1 / reference.LARGEST))
     tiny = builder.fcmp_ordered('<', scale, ll.constant(reference.SMALLEST))
     scale = builder.select(tiny, ll.constant(1.0), scale)
     ll.store(builder, scale, ll.place(builder, scales, m))
     inverse = builder.fdiv(ll.constant(1.0), scale)
     inverse = ll.spread(builder, inverse)
-    steps = ll.carry(builder, 0, inner, lanes, [ll.zeros(ll.i32)])
-    with steps as (k, sums, keep):
-      index = builder.add(line, k)
-      vector = ll.load_vector(builder, ll.place(builder, x, index))
-      ratio = builder.fmul(vector, inverse)
-      ratio = ll.apply(builder, 'roundeven', ratio)
-      for name, bound in (('minnum', 127.0), ('maxnum', -127.0)):
-        bound = ll.spread(builder, ll.constant(bound))
-        ratio = ll.apply(builder, name, ratio, bound)
-      whole = builder.fptosi(ratio, ll.vector_of(ll.i32))
-      narrow = builder.trunc(whole, ll.vector_of(ll.i8))
-      place = ll.place(builder, values, index, ll.i8)
-      ll.store(builder, narrow, place)
-      keep([builder.add(sums[0], whole)])
-    total = ll.apply(builder, 'vector.reduce.add', sums[0])
-    total = builder.mul(total, ll.constant(-128, ll.i32))
-    ll.store(builder, total, ll.place(builder, start, m, ll.i32))
-  return values, scales, start
+    with ll.count(builder, 0, p.groups, 1) as g:
+      begin = builder.add(line, builder.mul(g, ll.number(p.group)))
+      steps = ll.carry(builder, 0, p.group, lanes, [ll.zeros(ll.i32)])
+      with steps as (k, sums, keep):
+        index = builder.add(begin, k)
+        vector = ll.load_vector(builder, ll.place(builder, x, index))
+        whole = _rounded(builder, builder.fmul(vector, inverse))
+        narrow = builder.trunc(whole, ll.vector_of(ll.i8))
+        ll.store(builder, narrow, ll.place(builder, values, index, ll.i8))
+        keep([builder.add(sums[0], whole)])
+      total = ll.apply(builder, 'vector.reduce.add', sums[0])
+      index = builder.add(builder.mul(m, ll.number(p.groups)), g)
+      ll.store(builder, total, ll.place(builder, totals, index, ll.i32))
+  return values, scales, totals
 
 
-def _weights(builder, w, kept, k, column, columns: int, again: bool):
-  """Rows k .. k + 3 of a tile as `_interleaved`, read `again` where kept."""
-  begin = kept and builder.mul(k, ll.number(_COLUMNS))
-  places = kept and [
-    ll.place(builder, kept, builder.add(begin, ll.number(64 * i)), ll.i8)
-    for i in range(_DEPTH)
+def _rounded(builder, ratio):
+  """A vector of float32 to the nearest int32 in -127 .. 127."""
+  ratio = ll.apply(builder, 'roundeven', ratio)
+  for name, bound in (('minnum', 127.0), ('maxnum', -127.0)):
+    bound = ll.spread(builder, ll.constant(bound))
+    ratio = ll.apply(builder, name, ratio, bound)
+  return builder.fptosi(ratio, ll.vector_of(ll.i32))
+
+
+def _four_rows(builder, p: _Product, at: _Memory, block, tile, row):
+  """Addresses of four rows of bytes of a block and a tile, from `row` on."""
+  line = builder.add(builder.mul(block, ll.number(p.depth)), row)
+  column = builder.mul(tile, ll.number(_COLUMNS))
+  index = builder.add(builder.mul(line, ll.number(p.columns)), column)
+  return [
+    ll.place(builder, at.w, builder.add(index, ll.number(d * p.columns)), ll.i8)
+    for d in range(_DEPTH)
   ]
+
+
+def _weights(builder, p: _Product, at: _Memory, row, codes, again: bool):
+  """Unsigned weights of four rows of bytes of a tile, for each of their halves.
+
+  `row` counts the rows of bytes of the block, and `codes` are their addresses.
+  Where they are kept, they are read `again` from there.
+  """
+  places = None
+  if at.kept:
+    begin = builder.mul(row, ll.number(p.halves * _COLUMNS))
+    places = [
+      ll.place(builder, at.kept, builder.add(begin, ll.number(64 * i)), ll.i8)
+      for i in range(p.halves * _DEPTH)
+    ]
   if again:
-    return [ll.load_bytes(builder, place) for place in places]
-  line = builder.add(builder.mul(k, ll.number(columns)), column)
-  weights = _interleaved(builder, w, line, columns)
-  for weight, place in zip(weights, places or ()):
-    ll.store(builder, weight, place)
-  return weights
+    weights = [ll.load_bytes(builder, place) for place in places]
+    return [weights[i : i + 4] for i in range(0, len(weights), 4)]
+  codes = _interleaved(builder, [ll.load_bytes(builder, a) for a in codes])
+  every = lambda value: ll.constant([value] * 64, codes[0].type)
+  if p.packed:
+    # In two's complement x ^ 8 is x + 8.
+    codes = [builder.xor(vector, every(0x88)) for vector in codes]
+    halves = [
+      [builder.and_(vector, every(15)) for vector in codes],
+      [builder.lshr(vector, every(4)) for vector in codes],
+    ]
+  else:
+    halves = [[builder.xor(vector, every(0x80)) for vector in codes]]
+  if places:
+    for weight, place in zip(sum(halves, []), places, strict=True):
+      ll.store(builder, weight, place)
+  return halves
 
 
-def _interleaved(builder, w, line, columns: int):
-  """Four rows of 64 bytes as four vectors of unsigned groups of four.
+def _interleaved(builder, rows):
+  """Four rows of 64 bytes as four vectors of groups of four.
 
   Group r of 128-bit lane l in vector i belongs to column 16 l + 4 i + r.
   """
-  rows = [
-    ll.load_bytes(
-      builder,
-      ll.place(builder, w, builder.add(line, ll.number(d * columns)), ll.i8),
-    )
-    for d in range(_DEPTH)
-  ]
-  tops = ll.constant([0x80] * 64, rows[0].type)
-  rows = [builder.xor(row, tops) for row in rows]
   pairs = [
     ll.shuffle(builder, a, b, _unpack(1, half))
     for a, b in (rows[:2], rows[2:])
@@ -223,11 +439,16 @@ def _unpack(size: int, half: int) -> list[int]:
   return order
 
 
-def _lane_of_each(builder, vectors, lane: int):
-  """The same 128 bits of four vectors of int32, one after another."""
-  four = [*range(4 * lane, 4 * lane + 4)]
-  both = four + [16 + n for n in four]
-  low, high = (
-    ll.shuffle(builder, a, b, both) for a, b in (vectors[:2], vectors[2:])
-  )
-  return ll.shuffle(builder, low, high, list(range(16)))
+def _turned(builder, vectors):
+  """Four vectors of four 128-bit lanes, transposed; its own inverse."""
+  lanes = lambda *numbers: [4 * n + i for n in numbers for i in range(4)]
+  a, b, c, d = vectors
+  halves = [
+    [ll.shuffle(builder, x, y, lanes(*numbers)) for x, y in ((a, b), (c, d))]
+    for numbers in ((0, 1, 4, 5), (2, 3, 6, 7))
+  ]
+  return [
+    ll.shuffle(builder, ab, cd, lanes(*numbers))
+    for ab, cd in halves
+    for numbers in ((0, 2, 4, 6), (1, 3, 5, 7))
+  ]

@@ -38,6 +38,7 @@ def int8_matmul(
   w: jax.Array,  # [K, N] int8
   w_scales: jax.Array,  # [N] float32
   x_scales: jax.Array | None = None,  # [M] float32, of int8 x
+  w_offsets: jax.Array | None = None,
   *,
   out_dtype: jax.typing.DTypeLike = jnp.float32,
   interpret: Any = False,
@@ -47,9 +48,10 @@ def int8_matmul(
   `interpret` runs it without a GPU, as `plgpu.kernel` does.
 
   Raises:
-    NotImplementedError: `out_dtype` is not float32, bfloat16 or float16, or an
-      axis is empty.
+    NotImplementedError: `out_dtype` is not float32, bfloat16 or float16, an
+      axis is empty, or weights have scales of groups or offsets.
   """
+  reference.only_scales_of_columns(w, w_scales, w_offsets)
   out_dtype = jnp.dtype(out_dtype)
   if out_dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
     raise NotImplementedError(
@@ -165,8 +167,8 @@ def _kernel(
       some = slice(first, first + part)
       w_scales = compat.load(w_scales_smem.at[some], layout.reduce(0))
       scaled = product[:, some].astype(jnp.float32)
-      scaled = scaled * lax.broadcast_in_dim(x_scales, scaled.shape, [0])
       scaled = scaled * lax.broadcast_in_dim(w_scales, scaled.shape, [1])
+      scaled = scaled * lax.broadcast_in_dim(x_scales, scaled.shape, [0])
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       out_smem.at[warpgroup][...] = scaled.astype(out_smem.dtype)
       plgpu.commit_smem()

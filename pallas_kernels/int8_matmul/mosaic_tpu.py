@@ -19,7 +19,7 @@ The grid is (m, n, k). A tile of the result is one int32 accumulator in VMEM:
 
     acc  = 0                           at the first k
     acc += xq[m, k] @ w[k, n]          int8 x int8 -> int32, exact
-    out  = float(acc) s_x[m] s_w[n]    at the last k
+    out  = float(acc) s_w[n] s_x[m]    at the last k
 
 Rows are quantized inside the kernel. A scale needs the whole row, so the block
 of x is [tile, K]; it is fetched once a row of tiles, and at the first (n, k)
@@ -70,6 +70,7 @@ def int8_matmul(
   w: jax.Array,  # [K, N] int8
   w_scales: jax.Array,  # [N] float32
   x_scales: jax.Array | None = None,  # [M] float32, of int8 x
+  w_offsets: jax.Array | None = None,
   *,
   out_dtype: jax.typing.DTypeLike = jnp.float32,
   tiles: Tiles = TILES,
@@ -82,13 +83,16 @@ def int8_matmul(
     w: Weights.
     w_scales: A scale a column of w.
     x_scales: A scale a row, where x is int8.
+    w_offsets: None; there is no kernel for them.
     out_dtype: float32 or bfloat16.
     tiles: Bounds of the tiles.
     interpret: True or `pltpu.InterpretParams` runs the kernel without a TPU.
 
   Raises:
-    NotImplementedError: A dtype is another one, or an axis is empty.
+    NotImplementedError: A dtype is another one, an axis is empty, or weights
+      have scales of groups or offsets.
   """
+  reference.only_scales_of_columns(w, w_scales, w_offsets)
   _check(x, w, out_dtype)
   if interpret is False:
     x = dispatch.only_on('tpu', 'mosaic_tpu', x)

@@ -339,10 +339,11 @@ def test_no_program_holds_a_whole_weight_of_wider_numbers(kind, dtype, m):
 @pytest.mark.parametrize('kind', QUANTIZE)
 def test_blocks_are_as_wide_as_one_row_wants_them(kind):
   """A narrow block would be made wide again before a product of one row."""
+  run = functools.partial(api.dequant_matmul, implementation='blockwise')
   k, n = 192, 2048
   for m in (1, 7):
     shapes = _shapes(kind, m, k, n, jnp.bfloat16)
-    text = _text(api.dequant_matmul, 'cpu', *shapes)
+    text = _text(run, 'cpu', *shapes)
     assert bool(re.search(r'tensor<(96|192)x128xbf16>', text)) == (m > 1)
 
 

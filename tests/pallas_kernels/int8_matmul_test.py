@@ -78,7 +78,7 @@ def _numpy_product(values, x_scales, w, w_scales):
   """Integers in int64, then two products in float32."""
   product = np.asarray(values, np.int64) @ np.asarray(w, np.int64)
   assert np.abs(product).max(initial=0) < 2**31
-  return product.astype(np.float32) * x_scales[..., None] * w_scales
+  return product.astype(np.float32) * w_scales * x_scales[..., None]
 
 
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
@@ -334,7 +334,11 @@ def test_what_does_not_fit_is_refused_in_one_line():
   values, x_scales = _int8(3, 8)
   cases = [
     ((x[:, :7], w, w_scales), {}, r'\(3, 7\) and \(8, 4\)'),
-    ((x, w.astype(np.int32), w_scales), {}, 'w must be int8, got int32'),
+    (
+      (x, w.astype(np.int32), w_scales),
+      {},
+      'w must be int8, or uint8 .* got int32',
+    ),
     ((x, w, w_scales[:3]), {}, r'w_scales must be \(4,\)'),
     ((values, w, w_scales), {}, 'x is int8 and x_scales missing'),
     ((x, w, w_scales), {'x_scales': x_scales}, 'x_scales given'),

@@ -1,5 +1,7 @@
 """Tests of the int8 product on a CPU: all bits are those of the reference."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from pallas_kernels import llvm_cpu as cpu
 from pallas_kernels import llvm_ir
+from pallas_kernels.dequant_matmul import formats
 from pallas_kernels.int8_matmul import api
 from pallas_kernels.int8_matmul import llvm_cpu
 
@@ -26,15 +29,30 @@ def _weights(inner, columns, lowest=-127):
   return w, jnp.asarray(rng.random(columns), jnp.float32)
 
 
+@functools.cache
+def _product(name):
+  return jax.jit(functools.partial(api.int8_matmul, implementation=name))
+
+
 def _equal(x, w, w_scales, **options):
   found, expected = (
-    api.int8_matmul(x, w, w_scales, implementation=name, **options)
+    _product(name)(x, w, w_scales, **options)
     for name in ('llvm_cpu', 'reference')
   )
   np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize('rows', [1, 2, 6, 7, 13, 16])
+def _grouped(inner, columns, groups, packed, ends=None):
+  """A weight of integers between two ends, or of all, scales and offsets."""
+  rng = np.random.default_rng(inner + columns)
+  low, high = ends or ((-8, 7) if packed else (-128, 127))
+  values = jnp.asarray(rng.integers(low, high + 1, (inner, columns)))
+  w = formats.pack_int4(values) if packed else values.astype(jnp.int8)
+  draw = lambda: jnp.asarray(rng.normal(size=(groups, columns)), jnp.float32)
+  return w, draw(), draw()
+
+
+@pytest.mark.parametrize('rows', [1, 6, 7, 16])
 @pytest.mark.parametrize(('inner', 'columns'), SIZES)
 def test_float_rows(rows, inner, columns):
   x = np.random.default_rng(rows).normal(size=(rows, inner)) * 10
@@ -67,6 +85,68 @@ def test_rows_of_zeros_ties_and_tiny_numbers():
   _equal(jnp.asarray(x), *_weights(64, 64))
 
 
+@pytest.mark.parametrize('rows', range(1, 17))
+def test_groups_of_every_number_of_rows(rows):
+  w, scales, offsets = _grouped(192, 1216, 3, True)
+  x = np.random.default_rng(rows).normal(size=(rows, 192))
+  _equal(jnp.asarray(x, jnp.float32), w, scales, w_offsets=offsets)
+
+
+@pytest.mark.parametrize(
+  ('rows', 'groups', 'packed'),
+  [(1, 1, True), (7, 1, False), (1, 3, False), (7, 3, True)],
+)
+def test_groups_with_and_without_offsets(rows, groups, packed):
+  w, scales, offsets = _grouped(96, 192, groups, packed)
+  x = jnp.asarray(np.random.default_rng(rows).normal(size=(rows, 96)))
+  for some in (None, offsets):
+    _equal(x.astype(jnp.float32), w, scales, w_offsets=some)
+
+
+@pytest.mark.parametrize('packed', [False, True], ids=['int8', 'int4'])
+@pytest.mark.parametrize(
+  ('inner', 'columns', 'groups'),
+  [
+    (32, 64, 1),
+    (96, 64, 1),
+    (640, 64, 1),
+    (64, 4544, 2),
+    (576, 192, 18),
+    (1536, 128, 12),
+  ],
+)
+def test_groups_of_every_size(inner, columns, groups, packed):
+  w, scales, _ = _grouped(inner, columns, groups, packed)
+  rng = np.random.default_rng(groups)
+  x = jnp.asarray(rng.integers(-128, 128, (8, inner)), jnp.int8)
+  if packed:
+    _equal(x.astype(jnp.bfloat16), w, scales)
+  else:
+    _equal(x, w, scales, x_scales=jnp.asarray(rng.random(8), jnp.float32))
+
+
+@pytest.mark.parametrize('x', [-128, -127, 0, 127])
+@pytest.mark.parametrize(
+  ('packed', 'value'),
+  [(True, -8), (True, 7), (False, -128), (False, 127)],
+)
+def test_the_ends_of_the_range(packed, value, x):
+  w, scales, offsets = _grouped(256, 64, 2, packed, (value, value))
+  x = jnp.full((7, 256), x, jnp.int8).at[3].set(0)
+  _equal(x, w, scales, w_offsets=offsets, x_scales=jnp.arange(7.0) - 3)
+
+
+def test_scales_are_read_as_they_are_stored():
+  w, *factors = _grouped(128, 128, 4, True)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 128)), jnp.float32)
+  for types in ((jnp.float16, jnp.float16), (jnp.float32, jnp.float16)):
+    scales, offsets = (a.astype(t) for a, t in zip(factors, types, strict=True))
+    _equal(x, w, scales, w_offsets=offsets)
+  text = jax.jit(api.int8_matmul).lower(x, w, factors[0].astype(jnp.float16))
+  assert 'xf16>' in text.as_text()
+  assert 'stablehlo.convert' not in text.as_text()
+
+
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
 def test_a_row_that_is_not_finite_spoils_no_other(bad):
   x = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
@@ -89,12 +169,23 @@ def test_the_platform_chooses():
   [
     (17, 16, 64, '17 rows of 16 are not 1 to 16 rows'),
     (2, 2**17 + 16, 64, '262144 numbers together'),
-    (7, 2**13 + 16, 64, 'more than 6 rows of 8208 are longer than 8192'),
-    (2, 24, 64, r'\[24, 64\] is not of multiples of 16 and 64'),
-    (2, 16, 96, r'\[16, 96\] is not of multiples'),
+    (2, 24, 64, r'\[24, 64\] in 1 groups is not of multiples of 16 and 64'),
+    (2, 16, 96, r'\[16, 96\] in 1 groups is not of multiples'),
   ],
 )
 def test_what_the_kernel_does_not_take(rows, inner, columns, message):
   w, scales = _weights(inner, columns)
   with pytest.raises(NotImplementedError, match=message):
     llvm_cpu.int8_matmul(jnp.ones((rows, inner)), w, scales)
+
+
+def test_a_long_group_of_several():
+  w = jnp.zeros((2**14 + 64, 64), jnp.int8)
+  with pytest.raises(NotImplementedError, match='rows share groups of 8224'):
+    llvm_cpu.int8_matmul(jnp.ones((7, len(w))), w, jnp.ones((2, 64)))
+
+
+def test_other_processors_leave_it_to_the_next(monkeypatch):
+  monkeypatch.setattr(llvm_ir, 'has', lambda feature: False)
+  with pytest.raises(NotImplementedError, match='no AVX-512 VNNI'):
+    llvm_cpu.int8_matmul(jnp.ones((5, 64)), *_weights(64, 64))
