@@ -11,7 +11,15 @@ _EXTRAS = {
   'tpu': ['jax[tpu]'],
   'cuda': ['jax[cuda13]'],
   'hub': ['huggingface_hub'],
-  'peers': ['torch', 'transformers', 'llama-cpp-python'],
+  'peers': [
+    'torch',
+    'transformers',
+    'llama-cpp-python',
+    'bitsandbytes',
+    'qwix',
+    'scikit-learn',
+    'torchao',
+  ],
   'aot': [
     'libtpu',
     *(

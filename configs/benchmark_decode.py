@@ -14,6 +14,8 @@ Fields:
   model: An asset, a folder, a GGUF file or a Hub id; 'untrained' is a tiny
     model with random weights.
   dtype: Of the parameters.
+  weights: A name of quantization.recipes that they are stored by, or ''.
+  cache: 'int8' for keys and values in 8 bits, or '' for the dtype.
   prompts: Sets to take prompts from in turns: mt-bench, humaneval, or inline
     (the messages in `inline`).
   num_prompts: Of a set that are looked at; 0 looks at all.
@@ -40,6 +42,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.model = 'smollm2-135m'
   config.dtype = 'float32'
+  config.weights = config.cache = ''
   config.prompts = ('humaneval', 'mt-bench')
   config.inline = ()
   config.num_prompts = 0

@@ -178,7 +178,7 @@ def load(path: str | os.PathLike[str], lm: LanguageModel) -> Draft:
     vocabulary = values.pop('vocabulary', None)
     if vocabulary is not None:
       vocabulary = jnp.asarray(vocabulary)
-    dtype = jax.tree.leaves(lm.params)[0].dtype
+    dtype = lm.params['embedding']['table'].dtype
     params = traverse_util.unflatten_dict(
       {k: jnp.asarray(v, dtype) for k, v in values.items()}, sep='/'
     )

@@ -59,12 +59,14 @@ class Engine:
     decoder: The loop's static choices.
     weights: Parameters of target and draft.
     stop_tokens: Tokens that end a row; the token itself is kept.
+    cache_dtype: Of the target's keys and values.
   """
 
   lm: LanguageModel
   decoder: speculative.Decoder
   weights: drafters.Weights
   stop_tokens: tuple[int, ...]
+  cache_dtype: Any
 
 
 def prepare(
@@ -79,6 +81,7 @@ def prepare(
   verifier: str | None = None,
   greedy: bool = True,
   stop: bool = True,
+  cache_dtype: Any = None,
 ) -> Engine:
   """Chooses drafter, verifier and draft lengths for a model.
 
@@ -100,6 +103,9 @@ def prepare(
       greedy, or else block, or coupled for trees.
     greedy: Whether every row will be greedy.
     stop: Whether the model's stop tokens end a row.
+    cache_dtype: Of the target's keys and values: a float dtype, or int8 with a
+      scale for each row of head_dim numbers. None is that of the model. The
+      text is then that of the model with such a cache.
 
   Raises:
     ValueError: A choice is unknown or does not fit the model.
@@ -160,6 +166,7 @@ def prepare(
     decoder=decoder,
     weights=weights,
     stop_tokens=lm.tokenizer.stop_ids if stop else (),
+    cache_dtype=jnp.dtype(_dtype(lm) if cache_dtype is None else cache_dtype),
   )
 
 
@@ -258,7 +265,7 @@ def start(
   for row, ids in enumerate(prompts):
     tokens[row, : len(ids)] = ids
   cache = kv_cache.init(
-    engine.lm.config, len(prompts), slots_for(slots), _dtype(engine.lm)
+    engine.lm.config, len(prompts), slots_for(slots), engine.cache_dtype
   )
   return speculative.start(
     engine.decoder,
@@ -322,7 +329,8 @@ def measured_costs(
   size. The table steers speed alone, never the law of the text.
   """
   kind = jax.tree.structure(settings)
-  key = (engine.decoder, kind, batch, slots, _dtype(engine.lm))
+  weights = jax.tree.structure(engine.weights), _dtype(engine.lm)
+  key = engine.decoder, kind, batch, slots, weights, engine.cache_dtype
   if key not in _COSTS:
     slack = engine.decoder.slack
     rounds = max(1, min(6, slots // slack // 2))
@@ -356,4 +364,5 @@ def slots_for_text(engine: Engine, tokens: int, slots: int | None) -> int:
 
 
 def _dtype(lm: LanguageModel) -> Any:
-  return jax.tree.leaves(lm.params)[0].dtype
+  """What the model computes in."""
+  return lm.params['embedding']['table'].dtype

@@ -1,41 +1,29 @@
 """The one matrix product of every model, and the only reader of weight leaves.
 
-Weight techniques put typed leaves where an array was; a model calls `linear`
-and `logits_from_table` and never looks inside.
+Weight techniques put typed leaves (`leaves`) where an array was; a model calls
+`linear`, `logits_from_table` and `embed` and never looks inside.
 """
 
-import dataclasses
 import functools
-from typing import TypeAlias
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from efficiency_jax import leaves
+from efficiency_jax.leaves import FakeTensor
+from efficiency_jax.leaves import LoraTensor
+from efficiency_jax.leaves import QTensor
+from pallas_kernels.dequant_matmul.api import dequant_matmul
+from pallas_kernels.int8_matmul.api import int8_matmul
+from pallas_kernels.int8_matmul.api import llm_int8_matmul
 from pallas_kernels.narrow_matmul import reference
 from pallas_kernels.narrow_matmul.api import narrow_matmul
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraTensor:
-  """A frozen kernel W and a trained correction: W + scale A B.
-
-  `adaptation.lora` makes them (arXiv 2106.09685). No gradient reaches W.
-  """
-
-  base: 'Kernel'  # [I, O], W
-  a: jax.Array  # [I, r]
-  b: jax.Array  # [r, O]
-  scale: float = dataclasses.field(metadata={'static': True})
-
-
-Kernel: TypeAlias = jax.Array | LoraTensor
-
-
 def linear(
   x: jax.Array,  # [..., I]
-  kernel: Kernel,  # [I, O]
+  kernel: leaves.Leaf,  # [I, O]
   bias: jax.Array | None = None,  # [O]
 ) -> jax.Array:
   """Returns `x @ kernel + bias` in the dtype of `x`, summed in float32."""
@@ -48,28 +36,171 @@ def linear(
 
 def logits_from_table(
   x: jax.Array,  # [..., D]
-  table: jax.Array,  # [V, D]
+  table: leaves.Leaf,  # [V, D]
 ) -> jax.Array:
   """Scores every row of an embedding table: `x @ table.T`, [..., V] float32."""
+  if not isinstance(table, jax.Array):
+    return _opened(x, table)
   return _dot(x, table, contract=1)
 
 
-def embed(tokens: jax.Array, table: jax.Array) -> jax.Array:
+def embed(tokens: jax.Array, table: leaves.Leaf) -> jax.Array:
   """Rows of `table` [V, D] for `tokens` [...]: [..., D]."""
+  if isinstance(table, QTensor):
+    return leaves.columns(table, tokens)
+  if isinstance(table, FakeTensor):
+    table = _fake_weight(table, table.quantized()).astype(table.dtype).T
   return jnp.take(table, tokens, axis=0, mode='clip')
 
 
-def _opened(x: jax.Array, kernel: Kernel) -> jax.Array:
+def rows_of_table(
+  table: leaves.Leaf,  # [V, D]
+  index: jax.Array,  # [R] int32
+) -> leaves.Leaf:
+  """Some rows of a table, as a table [R, D] of the same kind."""
+  if isinstance(table, QTensor) and table.outliers is None:
+    return leaves.selected(table, index)
+  return embed(index, table)
+
+
+def _opened(x: jax.Array, kernel: leaves.Leaf) -> jax.Array:
   """`x @ kernel` in float32, whatever kind of leaf the kernel is."""
   if isinstance(kernel, LoraTensor):
     down = _dot(x, kernel.a, contract=0).astype(x.dtype)
     correction = kernel.scale * _dot(down, kernel.b, contract=0)
     return _opened(x, lax.stop_gradient(kernel.base)) + correction
+  if isinstance(kernel, QTensor):
+    return _quantized(x, kernel)
+  if isinstance(kernel, FakeTensor):
+    return _as_if_quantized(x, kernel)
   return _dot(x, kernel, contract=0)
+
+
+def _as_if_quantized(x: jax.Array, fake: FakeTensor) -> jax.Array:
+  """The product of `fake.quantized()`, with straight-through gradients."""
+  q = fake.quantized()
+  weight = _fake_weight(fake, q)
+  if q.activation is not None:
+    x = fake_quantized(x, q.activation, fake.x_scale)
+  return _dot(x, weight.astype(x.dtype), contract=0)
+
+
+def _fake_weight(fake: FakeTensor, q: QTensor) -> jax.Array:
+  """The weight as it is quantized, [K, N], whose gradient is the weight's."""
+  weight = fake.weight.astype(jnp.float32)
+  weight = weight.T if fake.transposed else weight
+  rounded = lax.stop_gradient(leaves.dequantized_matrix(q))
+  return weight + lax.stop_gradient(rounded - weight)
+
+
+def fake_quantized(
+  x: jax.Array,  # [..., K]
+  how: leaves.Activation,
+  x_scale: jax.Array | None = None,  # []
+) -> jax.Array:
+  """x rounded to the integers of `quantized_activations`, and back to floats.
+
+  The gradient of x is 1 where x was not clipped, else 0. That of `x_scale` is
+  round(v) - v for v = x / s, or the bound where x was clipped (LSQ, arXiv
+  1902.08153); both are what differentiation gives when rounding counts as the
+  identity.
+  """
+  largest = 2 ** (how.bits - 1) - 1
+  if x_scale is None:
+    _, x_scale = quantized_activations(lax.stop_gradient(x), how)
+    x_scale = x_scale[..., None]
+  v = jnp.clip(x.astype(jnp.float32) * (1 / x_scale), -largest, largest)
+  v = v + lax.stop_gradient(jnp.round(v) - v)
+  return (v * x_scale).astype(x.dtype)
+
+
+def _quantized(x: jax.Array, q: QTensor) -> jax.Array:
+  """x times the matrix of a `QTensor`, [..., N] float32."""
+  if q.input_scales is not None:
+    x = (x * q.input_scales).astype(x.dtype)
+  if q.activation is not None:
+    return _in_integers(x, q)
+  scales = leaves.float_scales(q.scales)
+  rows, _ = q.matrix_shape
+  if q.bits == 16:
+    return _dot(x, q.values, contract=0)
+  # What the kernels read as it is stored; else the weight is made for a while.
+  stored = jnp.issubdtype(q.values.dtype, jnp.integer) and q.bits in (4, 8)
+  coded = q.bits == 8 and q.codebook is not None
+  plain = q.offsets is None and q.outliers is None and scales is not None
+  if stored and plain and not coded and _groups_fit(q, scales, rows):
+    return dequant_matmul(
+      x,
+      q.values,
+      jnp.broadcast_to(scales, (len(scales), q.values.shape[1])).astype(
+        jnp.float32
+      ),
+      q.codebook,
+      out_dtype=jnp.float32,
+    )
+  return _dot(x, leaves.dequantized_matrix(q).astype(x.dtype), contract=0)
+
+
+def _groups_fit(q: QTensor, scales: jax.Array, rows: int) -> bool:
+  return q.bits == 8 or rows % (32 * len(scales)) == 0
+
+
+def _in_integers(x: jax.Array, q: QTensor) -> jax.Array:
+  """The product of integers that `q.activation` asks for."""
+  how = q.activation
+  rows, columns = q.matrix_shape
+  groups = q.scales.shape[0]
+  wide = lambda s: None if s is None else jnp.broadcast_to(s, (groups, columns))
+  scales, offsets = wide(q.scales), wide(q.offsets)
+  # As the kernels store it; other widths become bytes for the product.
+  values = q.values
+  if q.bits not in (4, 8):
+    values = leaves.integers(q).astype(jnp.int8)
+  if groups > 1 and rows // groups % 32:
+    # A group too short for a kernel: integers times dequantized weights.
+    values, x_scales = quantized_activations(x, how, q.x_scale)
+    y = _dot(values.astype(jnp.float32), leaves.dequantized_matrix(q), 0)
+    return y * x_scales[..., None]
+  if how.threshold is not None:
+    return llm_int8_matmul(
+      x,
+      values,
+      scales,
+      w_offsets=offsets,
+      threshold=how.threshold,
+      max_outliers=how.max_outliers,
+    )
+  if how.per == 'row' and how.bits == 8 and q.x_scale is None:
+    return int8_matmul(x, values, scales, w_offsets=offsets)
+  x, x_scales = quantized_activations(x, how, q.x_scale)
+  return int8_matmul(x, values, scales, w_offsets=offsets, x_scales=x_scales)
+
+
+def quantized_activations(
+  x: jax.Array,  # [..., K]
+  how: leaves.Activation,
+  x_scale: jax.Array | None = None,  # []
+) -> tuple[jax.Array, jax.Array]:
+  """x as integers and the scale of every row: [..., K] int8, [...] float32.
+
+  q = clip(round(x / s), -b, b) with b = 2^(bits - 1) - 1; s is `x_scale` where
+  it was calibrated, else max |x| / b of the row or of all of x.
+  """
+  largest = 2 ** (how.bits - 1) - 1
+  x = x.astype(jnp.float32)
+  if x_scale is None:
+    axes = -1 if how.per == 'row' else None
+    x_scale = jnp.abs(x).max(axes) * (1 / largest)
+    x_scale = jnp.where(x_scale < _SMALLEST, 1.0, x_scale)
+  x_scales = jnp.broadcast_to(x_scale, x.shape[:-1])
+  values = jnp.round(x * (1 / x_scales)[..., None])
+  return jnp.clip(values, -largest, largest).astype(jnp.int8), x_scales
 
 
 # Parts of the inner axis that a one-row product is summed from on a CPU.
 _PARTS = 4
+# Below it a scale has no usable reciprocal.
+_SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 # Rows up to which a product takes as long as reading its weights.
 _FEW = 16
 

@@ -20,11 +20,13 @@ class Cache(NamedTuple):
   Row b holds positions `0 .. length[b] - 1`. Slots at and beyond `length[b]`
   may hold anything: attention masks keys by absolute position, so rolling back
   means nothing more than setting `length`. A call that feeds T tokens writes
-  slots `length .. length + T - 1`; `S` must leave room for them.
+  slots `length .. length + T - 1`; `S` must leave room for them. Keys and
+  values are arrays, or pytrees of them whose leaves are [B, K, S, ...]: 8 bits
+  with scales (`models.cache`).
   """
 
-  keys: tuple[jax.Array, ...]  # a layer each: [B, K, S, head_dim]
-  values: tuple[jax.Array, ...]  # a layer each: [B, K, S, head_dim]
+  keys: tuple[Any, ...]  # a layer each: [B, K, S, head_dim]
+  values: tuple[Any, ...]  # a layer each: [B, K, S, head_dim]
   length: jax.Array  # [B] int32, the write cursor of each row
 
 

@@ -21,6 +21,7 @@ from efficiency_jax.io import assets
 from efficiency_jax.io import export
 from efficiency_jax.io import pretrained
 from efficiency_jax.models import cache as kv_cache
+from efficiency_jax.quantization import rules
 from experiments import candidates
 from experiments import methods
 from experiments import peers
@@ -166,8 +167,11 @@ def read_program(config, lm, engine, batch: int) -> workdirs.Row:
   program = engine_lib.compiled(engine, sampling.GREEDY, batch, size)
   found = speed.loop_operations(program.as_text())
   cache = jax.eval_shape(
-    lambda: kv_cache.init(lm.config, batch, prefill.slots_for(size))
+    lambda: kv_cache.init(
+      lm.config, batch, prefill.slots_for(size), engine.cache_dtype
+    )
   )
+  keys = jax.tree.leaves(cache.keys)[0]
   # A product may turn its weight, so axes count in any order.
   weights = {
     tuple(sorted(leaf.shape))
@@ -176,7 +180,7 @@ def read_program(config, lm, engine, batch: int) -> workdirs.Row:
   }
   return {
     'weight_bytes': trees.count_bytes(engine.weights),
-    'cache_copies_in_loop': found['copy', cache.keys[0].shape],
+    'cache_copies_in_loop': found['copy', keys.shape],
     'weight_converts_in_loop': sum(
       count
       for (operation, shape), count in found.items()
@@ -189,6 +193,7 @@ def read_program(config, lm, engine, batch: int) -> workdirs.Row:
 def load_peers(config, lm, names, prompts) -> dict[str, candidates.Candidate]:
   """The other tools, each with the model and the prompts in its hands."""
   decoders = {}
+  lm = dataclasses.replace(lm, params=rules.dequantize(lm.params))
   with tempfile.TemporaryDirectory() as folder:
     saved = functools.cache(
       lambda: export.save(lm, pathlib.Path(folder) / 'model')

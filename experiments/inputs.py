@@ -1,15 +1,33 @@
 """The model and the prompts that a config names."""
 
+import dataclasses
+
 from efficiency_jax.data import prompts as prompt_sets
 from efficiency_jax.io import pretrained
 from efficiency_jax.io import untrained
+from efficiency_jax.quantization import recipes
 
 
 def load_model(config) -> pretrained.LanguageModel:
-  """The target; 'untrained' is a random tiny model."""
+  """The target; 'untrained' is a random tiny model.
+
+  `config.weights` names a recipe that its weights are stored by; '' stores them
+  in `config.dtype`.
+  """
+  recipe = config.get('weights', '')
+  if recipe and recipes.needs_text(recipe):
+    raise ValueError(
+      f'--config.weights={recipe!r} needs calibration text, which is given by'
+      ' experiments.quantize alone: take another one.'
+    )
   if config.model == 'untrained':
-    return untrained.language_model()
-  return pretrained.load(config.model, dtype=config.dtype)
+    lm = untrained.language_model()
+  else:
+    lm = pretrained.load(config.model, dtype=config.dtype)
+  if not recipe:
+    return lm
+  params, _ = recipes.quantize(lm.config, lm.params, recipe)
+  return dataclasses.replace(lm, name=f'{lm.name}, {recipe}', params=params)
 
 
 def load_prompts(lm, config, name):

@@ -36,6 +36,7 @@ _SHAPED = {
 def build(lm, config) -> list[decoding.Method]:
   """The methods that `config.methods` names; plain is always the first."""
   greedy = config.sampling.temperature == 0
+  cache_dtype = config.get('cache', '') or None
   chosen = [
     decoding.Method(
       name='plain',
@@ -45,6 +46,7 @@ def build(lm, config) -> list[decoding.Method]:
         greedy=greedy,
         verifier=None if greedy else 'coupled',
         stop=config.stop,
+        cache_dtype=cache_dtype,
       ),
     )
   ]
@@ -77,6 +79,7 @@ def build(lm, config) -> list[decoding.Method]:
       verifier=verifier or None,
       greedy=greedy,
       stop=config.stop,
+      cache_dtype=cache_dtype,
     )
     chosen.append(decoding.Method(name=name, engine=engine))
     # Fixed lengths are those of the same compiled program.

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from efficiency_jax import trees
-from efficiency_jax.linear import LoraTensor
+from efficiency_jax.leaves import LoraTensor
 from efficiency_jax.types import Params
 
 

@@ -16,7 +16,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from efficiency_jax.linear import embed
+from efficiency_jax.linear import rows_of_table
 from efficiency_jax.types import Params
 
 
@@ -74,7 +74,7 @@ def sub_table(
   vocabulary: jax.Array,  # [R] int32
 ) -> jax.Array:
   """The rows of a table that a reduced head scores: [R, D]."""
-  return embed(vocabulary, table)
+  return rows_of_table(table, vocabulary)
 
 
 def table(target: Params) -> jax.Array:

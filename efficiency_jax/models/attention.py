@@ -8,6 +8,7 @@ soft-cap of the scores (arXiv 2408.00118). The kernels do the work; `None` for
 
 import jax
 
+from efficiency_jax.models import cache as kv_cache
 from pallas_kernels.attention import api as flash
 from pallas_kernels.decode_attention import api as decode
 from pallas_kernels.dispatch import Implementation
@@ -49,8 +50,8 @@ def full_attention(
 
 def cached_attention(
   queries: jax.Array,  # [B, T, H, head_dim], already scaled
-  keys: jax.Array,  # [B, K, S, head_dim], new keys already written
-  values: jax.Array,  # [B, K, S, head_dim]
+  keys: kv_cache.Slots,  # [B, K, S, head_dim], new keys already written
+  values: kv_cache.Slots,  # [B, K, S, head_dim]
   start: jax.Array,  # [B] int32, slot of the first new token
   *,
   ancestors: jax.Array | None = None,  # [T, T] or [B, T, T] bool
@@ -72,10 +73,16 @@ def cached_attention(
     'implementation': implementation,
   }
   length = start + queries.shape[1]
+  int8 = isinstance(keys, kv_cache.Int8Slots)
   if queries.shape[1] <= FEW_QUERIES or ancestors is not None:
+    if int8:
+      (keys, k_scales), (values, v_scales) = keys, values
+      options |= {'k_scales': k_scales, 'v_scales': v_scales}
     return decode.decode_attention(
       queries, keys, values, length, ancestors=ancestors, **options
     )[0]
+  if int8:
+    keys, values = (x.dequantize(queries.dtype) for x in (keys, values))
   slots_first = (x.transpose(0, 2, 1, 3) for x in (keys, values))
   return flash.attention(
     queries,

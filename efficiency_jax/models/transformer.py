@@ -184,9 +184,7 @@ class DecoderLM(nn.Module):
     turn, local_turn = _turns(c, positions)
 
     embedding = Embedding(c.vocab_size, c.width, name='embedding')
-    x = embedding(tokens)
-    if c.scale_embeddings:
-      x = x * jnp.asarray(c.width**0.5, x.dtype)
+    x = _embedded(c, embedding(tokens))
     keys, values = [], []
     for layer in range(c.num_layers):
       is_local = c.window(layer) is not None
@@ -237,6 +235,41 @@ def apply_fn(
 
 
 @functools.cache
+def embed_fn(
+  config: DecoderConfig,
+) -> Callable[[Params, jax.Array], jax.Array]:
+  """The way in alone: parameters and tokens [B, T] to what block 0 reads."""
+
+  def embedded(params, tokens):
+    return _embedded(config, embed(tokens, params['embedding']['table']))
+
+  return embedded
+
+
+@functools.cache
+def block_fn(
+  config: DecoderConfig, layer: int, implementation: Implementation = None
+) -> Callable[[Params, jax.Array], jax.Array]:
+  """One block alone: its parameters and whole sequences x [B, T, D] to x.
+
+  `embed_fn`, the blocks in their order, the final norm and `head_fn` are the
+  model.
+  """
+  block = Block(config, layer, implementation)
+
+  def run(params, x):
+    batch, time, _ = x.shape
+    start = jnp.zeros((batch,), jnp.int32)
+    turn, local_turn = _turns(config, jnp.arange(time, dtype=jnp.int32)[None])
+    if config.window(layer) is not None:
+      turn = local_turn
+    places = (start, None, None, None)
+    return block.apply({'params': params}, x, turn, *places)[0]
+
+  return run
+
+
+@functools.cache
 def head_fn(
   config: DecoderConfig,
 ) -> Callable[[Params, jax.Array], jax.Array]:
@@ -257,6 +290,10 @@ def init(config: DecoderConfig, key: jax.Array) -> Params:
   """Random float32 parameters: normal(0, 0.02) kernels, unit norms."""
   tokens = jnp.zeros((1, 1), jnp.int32)
   return jax.jit(DecoderLM(config).init)(key, tokens)['params']
+
+
+def _embedded(c: DecoderConfig, x: jax.Array) -> jax.Array:
+  return x * jnp.asarray(c.width**0.5, x.dtype) if c.scale_embeddings else x
 
 
 def _capped(c: DecoderConfig, logits: jax.Array) -> jax.Array:

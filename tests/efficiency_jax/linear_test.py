@@ -1,11 +1,18 @@
 """The one matrix product."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficiency_jax import leaves
 from efficiency_jax import linear
+from efficiency_jax.quantization.absmax import Integers
+from efficiency_jax.quantization.codebooks import Codes
+from efficiency_jax.quantization.gobo import Gobo
+from efficiency_jax.quantization.number_formats import Floats
 
 
 def _arrays(dtype, rows=3):
@@ -100,3 +107,163 @@ def test_one_row_does_not_widen_a_narrow_weight():
   traced = str(jax.make_jaxpr(linear.linear)(row, weight))
   assert 'f32[64,31]' not in traced
   assert 'f32[4,16,31]' not in traced
+
+
+_METHODS = {
+  'int8': Integers(),
+  'int8 per tensor': Integers(per='tensor'),
+  'int8 group': Integers(per=32),
+  'int8 zero point': Integers(symmetric=False),
+  'int5': Integers(bits=5, per=32),
+  'int4': Integers(bits=4, per=32),
+  'int4 half scales': Integers(bits=4, per=32, scale_dtype=jnp.float16),
+  'int4 groups of 16': Integers(bits=4, per=16),
+  'NF4': Codes(),
+  'NF4 double': Codes(double=True),
+  'bf16': Floats(format='bf16'),
+  'fp8': Floats(format='fp8 e4m3', per='channel'),
+  'GOBO': Gobo(bits=3, threshold=-2.0),
+}
+
+
+def _matrix(rows=64, columns=48, seed=0):
+  return jax.random.normal(jax.random.key(seed), (rows, columns))
+
+
+@pytest.mark.parametrize('method', _METHODS.values(), ids=_METHODS)
+@pytest.mark.parametrize('rows', [1, 3, 40])
+def test_a_quantized_weight_multiplies_as_the_weight_it_stands_for(
+  method, rows
+):
+  q = method(_matrix())
+  x = jax.random.normal(jax.random.key(1), (rows, 64))
+  got = jax.jit(linear.linear)(x, q)
+  exact = np.asarray(x, np.float64) @ np.asarray(leaves.dequantize(q))
+  np.testing.assert_allclose(got, exact, atol=1e-4)
+  # As a table its transpose scores, and rows are looked up.
+  table = dataclasses.replace(q, transposed=True)
+  np.testing.assert_allclose(
+    linear.logits_from_table(x, table), exact, atol=1e-4
+  )
+  tokens = jnp.array([[5, 0], [47, 5]])
+  np.testing.assert_array_equal(
+    linear.embed(tokens, table), leaves.dequantize(table)[tokens]
+  )
+  if q.outliers is None:
+    few = linear.rows_of_table(table, jnp.array([5, 47]))
+    assert isinstance(few, leaves.QTensor)
+    np.testing.assert_array_equal(
+      leaves.dequantize(few), leaves.dequantize(table)[np.array([5, 47])]
+    )
+
+
+@pytest.mark.parametrize('bits', [4, 8])
+@pytest.mark.parametrize('per', ['row', 'tensor'])
+@pytest.mark.parametrize('weights', ['int8', 'int8 group', 'int4', 'int5'])
+def test_integers_multiply_integers(bits, per, weights):
+  """(q_x s_x) @ w', with the scale of a row of x or of all of it."""
+  activation = leaves.Activation(bits=bits, per=per)
+  q = dataclasses.replace(_METHODS[weights], activation=activation)(_matrix())
+  x = jax.random.normal(jax.random.key(1), (3, 64)) * np.array([[1], [2], [9]])
+  largest = 2 ** (bits - 1) - 1
+  axes = 1 if per == 'row' else (0, 1)
+  scales = np.abs(np.asarray(x)).max(axes, keepdims=True) / largest
+  rounded = np.round(np.asarray(x) / scales) * scales
+  expected = rounded @ np.asarray(leaves.dequantize(q))
+  got = jax.jit(linear.linear)(x, q)
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-3)
+  # That is not the product of floats.
+  plain = linear.linear(x, dataclasses.replace(q, activation=None))
+  assert np.abs(got - plain).max() > 1e-3
+
+
+def test_a_calibrated_scale_of_x_is_used_as_it_is_and_clips():
+  q = Integers(activation=leaves.Activation())(_matrix())
+  x = jnp.ones((2, 64)).at[1, 3].set(100.0)
+  static = dataclasses.replace(q, x_scale=jnp.float32(0.1))
+  clipped = np.minimum(np.asarray(x), 12.7)
+  np.testing.assert_allclose(
+    linear.linear(x, static), clipped @ leaves.dequantize(q), rtol=1e-4
+  )
+
+
+def test_outlying_columns_of_x_are_multiplied_in_floats():
+  q = Integers(activation=leaves.Activation(threshold=6.0))(_matrix())
+  x = jax.random.normal(jax.random.key(1), (4, 64)).at[2, 7].set(80.0)
+  exact = np.asarray(x) @ np.asarray(leaves.dequantize(q))
+  kept = np.abs(linear.linear(x, q) - exact).mean()
+  without = dataclasses.replace(q, activation=leaves.Activation())
+  lost = np.abs(linear.linear(x, without) - exact).mean()
+  assert kept < lost / 3
+
+
+def test_inputs_are_scaled_first():
+  q = Integers()(_matrix())
+  scales = jnp.linspace(0.5, 2, 64)
+  x = jax.random.normal(jax.random.key(1), (4, 64))
+  np.testing.assert_allclose(
+    linear.linear(x, dataclasses.replace(q, input_scales=scales)),
+    linear.linear(x * scales, q),
+    atol=1e-5,
+  )
+
+
+@pytest.mark.parametrize('method', ['int4', 'int5', 'NF4', 'GOBO'])
+def test_gradients_reach_x_through_a_quantized_weight(method):
+  """What LoRA over a quantized model needs."""
+  q = _METHODS[method](_matrix())
+  x = jax.random.normal(jax.random.key(1), (3, 64))
+  pull = jax.random.normal(jax.random.key(2), (3, 48))
+  loss = lambda x: jnp.sum(linear.linear(x, q) * pull)
+  expected = np.asarray(pull) @ np.asarray(leaves.dequantize(q)).T
+  np.testing.assert_allclose(jax.grad(loss)(x), expected, atol=1e-4)
+
+
+@pytest.mark.peers
+def test_dynamic_int8_is_that_of_torchao():
+  """Rows of x and columns of W, symmetric: bounds of 127 and 127.5."""
+  import torch
+  from torchao import quantization as torchao
+
+  w, x = np.array(_matrix(256, 128)), np.array(_matrix(6, 256, seed=1))
+  layer = torch.nn.Sequential(torch.nn.Linear(256, 128, bias=False))
+  layer[0].weight.data = torch.tensor(w.T.copy())
+  torchao.quantize_(layer, torchao.Int8DynamicActivationInt8WeightConfig())
+  with torch.inference_mode():
+    theirs = layer(torch.tensor(x)).numpy()
+  q = Integers(activation=leaves.Activation())(jnp.asarray(w))
+  ours = np.asarray(linear.linear(jnp.asarray(x), q))
+  exact = x.astype(np.float64) @ w
+  error = lambda y: np.sqrt(np.mean((y - exact) ** 2))
+  assert 0.8 < error(ours) / error(theirs) < 1.25
+  np.testing.assert_allclose(ours, theirs, atol=8 * error(theirs))
+
+
+@pytest.mark.peers
+def test_outlier_decomposition_is_that_of_bitsandbytes():
+  import torch
+  from bitsandbytes import functional as bnb
+
+  w, x = np.array(_matrix(256, 128)), np.array(_matrix(6, 256, seed=1))
+  x[2, 7], x[4, 100] = 60.0, -9.0
+  half = torch.tensor(x, dtype=torch.float16)
+  _, _, columns = bnb.int8_vectorwise_quant(half, threshold=6.0)
+  assert sorted(columns.tolist()) == [7, 100]
+  kept = np.isin(np.arange(256), [7, 100])
+  values, scales, _ = bnb.int8_vectorwise_quant(
+    torch.tensor(np.where(kept, 0, x), dtype=torch.float16)
+  )
+  rows, w_scales, _ = bnb.int8_vectorwise_quant(
+    torch.tensor(w.T.copy(), dtype=torch.float16)
+  )
+  regular = bnb.int8_linear_matmul(values, rows)
+  theirs = bnb.int8_mm_dequant(regular, scales, w_scales).numpy()
+  restored = rows.numpy() * w_scales.numpy()[:, None] / 127
+  theirs = theirs + x[:, kept] @ restored.T[kept]
+  q = Integers(activation=leaves.Activation(threshold=6.0))(jnp.asarray(w))
+  ours = np.asarray(linear.linear(jnp.asarray(x), q))
+  exact = x.astype(np.float64) @ w
+  # They compute in float16.
+  assert np.abs(ours - exact).mean() < 1.05 * np.abs(theirs - exact).mean()
+  # A weight that rounds the other way counts up to 60 times.
+  assert (np.abs(ours - theirs) > 0.6).mean() < 0.01

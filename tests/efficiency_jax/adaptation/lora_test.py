@@ -7,7 +7,7 @@ import pytest
 
 from efficiency_jax import trees
 from efficiency_jax.adaptation import lora
-from efficiency_jax.linear import LoraTensor
+from efficiency_jax.leaves import LoraTensor
 from efficiency_jax.linear import linear
 from efficiency_jax.models import transformer
 from tests import fixtures

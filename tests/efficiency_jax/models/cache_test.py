@@ -72,3 +72,38 @@ def test_an_accepted_path_is_moved_to_where_a_text_stands():
         row, :, start[row] + path[row]
       ]
     np.testing.assert_array_equal(got, right)
+
+
+def test_a_cache_in_8_bits_holds_rows_with_their_own_scale():
+  cache = kv_cache.init(fixtures.config(), 2, 16, jnp.int8)
+  keys = cache.keys[0]
+  assert isinstance(keys, kv_cache.Int8Slots)
+  assert keys.values.shape == (2, 2, 128, 4)
+  assert keys.values.dtype == jnp.int8
+  assert keys.scales.shape == (2, 2, 128)
+  rng = np.random.default_rng(0)
+  new = rng.normal(size=(2, 2, 3, 4)).astype(np.float32)
+  new[0, 0, 1] *= 100
+  start = jnp.asarray([0, 5])
+  keys = jax.jit(kv_cache.write)(keys, jnp.asarray(new), start)
+  back = np.asarray(keys.dequantize(jnp.float32))
+  for row, first in enumerate([0, 5]):
+    found = back[row, :, first : first + 3]
+    step = np.abs(new[row]).max(-1, keepdims=True) / 127
+    assert (np.abs(found - new[row]) <= 0.501 * step).all()
+  assert (back[1, :, :5] == 0).all()
+
+
+def test_an_accepted_path_moves_scales_and_values_alike():
+  rng = np.random.default_rng(0)
+  cache = kv_cache.init(fixtures.config(), 2, 16, jnp.int8)
+  full = jax.tree.map(
+    lambda x: jnp.asarray(rng.integers(1, 100, x.shape)).astype(x.dtype), cache
+  )
+  start, path = jnp.asarray([3, 7]), jnp.asarray([[0, 2, 5], [0, 1, 4]])
+  moved = kv_cache.keep(full, start, path)
+  for row in range(2):
+    for i in range(3):
+      to, source = int(start[row]) + i, int(start[row] + path[row, i])
+      for after, before in zip(moved.keys[1], full.keys[1], strict=True):
+        np.testing.assert_array_equal(after[row, :, to], before[row, :, source])

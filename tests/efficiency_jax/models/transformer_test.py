@@ -315,3 +315,17 @@ def test_segments_are_sequences_of_their_own(name):
       kv_cache.init(config, 2, 64),
       segments=jnp.asarray(segments),
     )
+
+
+@pytest.mark.parametrize('config', [fixtures.config(), fixtures.every_option()])
+def test_the_parts_in_their_order_are_the_model(config):
+  params = fixtures.params(config)
+  tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 7)))
+  output, _ = transformer.apply_fn(config)(params, tokens)
+  x = transformer.embed_fn(config)(params, tokens)
+  for layer in range(config.num_layers):
+    x = transformer.block_fn(config, layer)(params[f'layers_{layer}'], x)
+  x = np.asarray(x, np.float32)
+  scale = params['final_norm']['scale'] + config.norm_plus_one
+  size = np.sqrt(np.square(x).mean(-1, keepdims=True) + config.norm_epsilon)
+  np.testing.assert_allclose(x / size * scale, output.hidden, atol=1e-4)
