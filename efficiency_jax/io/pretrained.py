@@ -1,6 +1,6 @@
 """Loads a language model by name, folder, file or Hub id."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import os
@@ -16,6 +16,7 @@ import safetensors
 from efficiency_jax import types
 from efficiency_jax.io import assets
 from efficiency_jax.io import errors
+from efficiency_jax.io import gguf_blocks
 from efficiency_jax.io import gguf_config
 from efficiency_jax.io import gguf_file
 from efficiency_jax.io import gguf_tokenizer
@@ -50,7 +51,10 @@ class LanguageModel:
 
 
 def load(
-  source: str | os.PathLike[str], *, dtype: Any = jnp.float32
+  source: str | os.PathLike[str],
+  *,
+  dtype: Any = jnp.float32,
+  packed: bool = False,
 ) -> LanguageModel:
   """Loads a model.
 
@@ -59,24 +63,27 @@ def load(
       Hugging Face, a `.gguf` file, or a Hub id (`owner/name`). A path that
       exists is taken as a path.
     dtype: Of the parameters: float32, bfloat16 or float16.
+    packed: Keeps matrices that a GGUF file stores in blocks (Q8_0, Q4_0, Q4_1)
+      as `QTensor`s of the same values. Matrices that are one parameter but
+      lie in blocks of several kinds are dequantized, as are other kinds.
 
   Raises:
-    ValueError: `source` or `dtype` is none of these.
+    ValueError: `source` or `dtype` is none of these, or a folder, which has no
+      blocks, was to stay `packed`.
     FileFormatError: A file is damaged or of a kind that is not supported.
     FetchError: The model could not be downloaded.
   """
-  if jnp.dtype(dtype).name not in _DTYPES:
-    raise ValueError(f'dtype must be one of {", ".join(_DTYPES)}, got {dtype}.')
+  check_dtype(dtype)
   path = pathlib.Path(source).expanduser()
   name = os.fspath(source)
   if path.is_dir():
-    return _load_directory(path, path.resolve().name, dtype)
+    return _load_directory(path, path.resolve().name, dtype, packed)
   if path.is_file():
-    return _load_file(path, path.stem, dtype)
+    return _load_file(path, path.stem, dtype, packed)
   if name in assets.ASSETS:
-    return _load_file(assets.fetch(name), name, dtype)
-  if _HUB_ID.fullmatch(name):
-    return _load_directory(_snapshot(name), name, dtype)
+    return _load_file(assets.fetch(name), name, dtype, packed)
+  if is_hub_id(name):
+    return _load_directory(snapshot(name), name, dtype, packed)
   models = ', '.join(
     asset.name for asset in assets.ASSETS.values() if _is_model(asset)
   )
@@ -86,11 +93,64 @@ def load(
   )
 
 
+def check_dtype(dtype: Any) -> None:
+  """Raises ValueError for a dtype that parameters are not loaded in."""
+  if jnp.dtype(dtype).name not in _DTYPES:
+    raise ValueError(f'dtype must be one of {", ".join(_DTYPES)}, got {dtype}.')
+
+
+def is_hub_id(name: str) -> bool:
+  """Whether `name` has the form of a Hub id, `owner/name`."""
+  return _HUB_ID.fullmatch(name) is not None
+
+
+def read_config(
+  directory: pathlib.Path,
+) -> tuple[dict[str, Any], pathlib.Path]:
+  """The content of the `config.json` of a checkpoint, and where it lies.
+
+  Raises:
+    FileFormatError: There is none, or it is damaged.
+  """
+  path = directory / 'config.json'
+  if not path.is_file():
+    problem = 'has no config.json'
+    remedy = 'pass the folder of a Hugging Face checkpoint'
+    raise errors.FileFormatError(directory, problem, remedy)
+  return json_file.read_object(path), path
+
+
+def read_weights(
+  directory: pathlib.Path,
+  slots: Iterator[tensor_names.Slot],
+  *,
+  ignored: Callable[[str], bool],
+  dtype: Any,
+) -> dict[str, Any]:
+  """The parameters `slots` of the safetensors files of a checkpoint.
+
+  Raises:
+    FileFormatError: A file is damaged, or a tensor is missing, unexpected, of
+      the wrong shape or not finite.
+  """
+  with contextlib.ExitStack() as stack:
+    readers = _open_shards(directory, stack)
+    return tensor_names.read_params(
+      slots,
+      readers,
+      _converted(directory, lambda tensor: readers[tensor](tensor), dtype),
+      directory,
+      ignored=ignored,
+    )
+
+
 def _is_model(asset: assets.Asset) -> bool:
   return asset.member.endswith('.gguf')
 
 
-def _load_file(path: pathlib.Path, name: str, dtype: Any) -> LanguageModel:
+def _load_file(
+  path: pathlib.Path, name: str, dtype: Any, packed: bool
+) -> LanguageModel:
   if path.suffix != '.gguf':
     remedy = 'pass a .gguf file or the folder of a checkpoint'
     problem = 'is not a model'
@@ -102,35 +162,36 @@ def _load_file(path: pathlib.Path, name: str, dtype: Any) -> LanguageModel:
     raise errors.FileFormatError(path, problem, remedy)
   file = gguf_file.read(path)
   config = gguf_config.read(file)
+  slots = list(tensor_names.gguf_slots(config, file.tensors))
+  read = _converted(path, file.tensor, dtype)
   params = tensor_names.read_params(
-    tensor_names.gguf_slots(config, file.tensors),
+    iter(slots),
     file.tensors,
-    _converted(path, file.tensor, dtype),
+    _packed(file, slots, read) if packed else read,
     path,
     ignored=tensor_names.gguf_ignored,
+    dtype=dtype,
   )
   tokenizer = gguf_tokenizer.read(file)
   return _model(name, config, params, tokenizer)
 
 
-def _load_directory(path: pathlib.Path, name: str, dtype: Any) -> LanguageModel:
-  config_path = path / 'config.json'
-  if not config_path.is_file():
-    problem = 'has no config.json'
-    remedy = 'pass the folder of a Hugging Face checkpoint'
-    raise errors.FileFormatError(path, problem, remedy)
-  config = hf_config.read(json_file.read_object(config_path), config_path)
+def _load_directory(
+  path: pathlib.Path, name: str, dtype: Any, packed: bool
+) -> LanguageModel:
+  if packed:
+    raise ValueError(
+      f'packed is for GGUF files, and {name} is a folder: load it as it is.'
+    )
+  config = hf_config.read(*read_config(path))
   # The small file first: a damaged one is found before the weights are read.
   tokenizer = tokenizers_io.from_directory(path)
-  with contextlib.ExitStack() as stack:
-    readers = _open_shards(path, stack)
-    params = tensor_names.read_params(
-      tensor_names.hf_slots(config),
-      readers,
-      _converted(path, lambda tensor: readers[tensor](tensor), dtype),
-      path,
-      ignored=tensor_names.hf_ignored(config),
-    )
+  params = read_weights(
+    path,
+    tensor_names.hf_slots(config),
+    ignored=tensor_names.hf_ignored(config),
+    dtype=dtype,
+  )
   return _model(name, config, params, tokenizer)
 
 
@@ -161,6 +222,31 @@ def _converted(
     return values
 
   return read_converted
+
+
+def _packed(
+  file: gguf_file.GGUFFile,
+  slots: Sequence[tensor_names.Slot],
+  read: tensor_names.Reader,
+) -> tensor_names.Reader:
+  """Reads blocks as they are where a parameter lies in one kind of them."""
+  kept = set()
+  for slot in slots:
+    infos = [file.tensors.get(part.name) for part in slot.parts]
+    kinds = {info and info.kind for info in infos}
+    if len(kinds) == 1 and kinds <= gguf_blocks.KINDS.keys():
+      kept |= {info.name for info in infos if len(info.shape) == 2}
+
+  def read_packed(name: str) -> np.ndarray:
+    if name not in kept:
+      return read(name)
+    blocks = gguf_blocks.view(file.raw(name), file.tensors[name].kind)
+    if not gguf_blocks.is_finite(blocks):
+      problem = f'tensor {name} holds scales that are not finite'
+      raise errors.FileFormatError(file.path, problem, _REMEDY)
+    return blocks
+
+  return read_packed
 
 
 def _open_shards(
@@ -248,8 +334,12 @@ def _renamed(
   return lambda _: read(name)
 
 
-def _snapshot(name: str) -> pathlib.Path:
-  """Downloads the safe files of a Hub repository."""
+def snapshot(name: str) -> pathlib.Path:
+  """Downloads the safe files of a Hub repository into a folder.
+
+  Raises:
+    FetchError: They could not be downloaded.
+  """
   advice = (
     f'Could not get {name!r} from the Hub (%s). Download the folder on a'
     ' machine with network and pass its path.'

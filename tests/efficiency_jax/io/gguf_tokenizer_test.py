@@ -4,10 +4,13 @@ The tokenizers and what transformers says about them are those of tests/golden;
 llama.cpp reads the same files (marked `peers`).
 """
 
+import dataclasses
 import json
 
 import gguf
+import numpy as np
 import pytest
+import tokenizers
 
 from efficiency_jax.io import assets
 from efficiency_jax.io import errors
@@ -92,6 +95,129 @@ def test_a_gguf_tokenizer_is_the_one_it_was_made_from(tmp_path, kind):
     assert spelled == expected['spelled'][place]
     literal = expected['literal'].get(str(place), ids)
     assert found.encode(text, special=False) == literal, text
+
+
+@pytest.mark.short
+@pytest.mark.parametrize('kind', _KINDS)
+def test_writing_gives_the_metadata_back(tmp_path, kind):
+  file = gguf_file.read(_write(tmp_path / 'a.gguf', kind))
+  expected = [name for name in file.metadata if name.startswith('tokenizer.')]
+  # Tokenizers of folders and of GGUF files are described alike.
+  directory = make_tokenizers.DIRECTORY / kind
+  for tokenizer in (
+    gguf_tokenizer.read(file),
+    tokenizers_io.from_directory(directory),
+  ):
+    written = gguf_tokenizer.write(tokenizer, tokenizer.vocab_size)
+    again = gguf_tokenizer.read(dataclasses.replace(file, metadata=written))
+    assert again.fingerprint == tokenizer.fingerprint
+    assert again.starts_with_bos == tokenizer.starts_with_bos
+    assert written.keys() >= set(expected)
+    for name in expected:
+      # Only the order of scores matters.
+      if name != 'tokenizer.ggml.scores':
+        np.testing.assert_array_equal(written[name], file.metadata[name])
+
+
+@pytest.mark.parametrize('kind', _KINDS)
+def test_rows_without_a_token_get_an_unused_one(tmp_path, kind):
+  file = gguf_file.read(_write(tmp_path / 'a.gguf', kind))
+  tokenizer = gguf_tokenizer.read(file)
+  size = tokenizer.vocab_size
+  written = gguf_tokenizer.write(tokenizer, size + 2)
+  tokens = written['tokenizer.ggml.tokens']
+  assert tokens[size:] == [f'[PAD{size}]', f'[PAD{size + 1}]']
+  types = written['tokenizer.ggml.token_type']
+  assert types[size:].tolist() == [5, 5]
+  again = gguf_tokenizer.read(dataclasses.replace(file, metadata=written))
+  for text in texts.TEXTS:
+    assert again.encode(text) == tokenizer.encode(text)
+  with pytest.raises(ValueError, match='give the model its own'):
+    gguf_tokenizer.write(tokenizer, size - 1)
+
+
+def test_tokens_that_stop_are_kept(tmp_path):
+  file = gguf_file.read(_write(tmp_path / 'a.gguf', 'byte_level'))
+  tokenizer = gguf_tokenizer.read(file)
+  for stops in ((2, 5), (2, 5, 7), (5,)):
+    changed = dataclasses.replace(tokenizer, stop_ids=stops, eos_id=2)
+    written = gguf_tokenizer.write(changed, changed.vocab_size)
+    again = gguf_tokenizer.read(dataclasses.replace(file, metadata=written))
+    assert again.stop_ids == tuple(sorted({2, *stops}))
+  changed = dataclasses.replace(tokenizer, stop_ids=(2, 5, 6, 7), eos_id=2)
+  with pytest.raises(ValueError, match='three tokens that stop'):
+    gguf_tokenizer.write(changed, changed.vocab_size)
+
+
+@pytest.mark.parametrize('pre', sorted(gguf_tokenizer._CUTS))
+def test_the_way_of_cutting_keeps_its_meaning(tmp_path, pre):
+  file = gguf_file.read(_write(tmp_path / 'a.gguf', 'byte_level'))
+  name = 'tokenizer.ggml.pre'
+  file = dataclasses.replace(file, metadata={**file.metadata, name: pre})
+  tokenizer = gguf_tokenizer.read(file)
+  written = gguf_tokenizer.write(tokenizer, tokenizer.vocab_size)
+  found = gguf_tokenizer._CUTS[written[name]]
+  assert found == gguf_tokenizer._CUTS[pre]
+
+
+def _changed(kind, change):
+  """A golden tokenizer with another description."""
+  directory = make_tokenizers.DIRECTORY / kind
+  source = json.loads((directory / 'tokenizer.json').read_text())
+  change(source)
+  return tokenizers_io.Tokenizer(
+    backend=tokenizers.Tokenizer.from_str(json.dumps(source))
+  )
+
+
+@pytest.mark.parametrize(
+  ('kind', 'change', 'problem'),
+  [
+    (
+      'byte_level',
+      lambda s: s['pre_tokenizer']['pretokenizers'].pop(),
+      'cuts words in a way',
+    ),
+    (
+      'byte_level',
+      lambda s: s.update(normalizer={'type': 'Lowercase'}),
+      'cuts words in a way',
+    ),
+    (
+      'byte_level',
+      lambda s: s['model'].update(ignore_merges=True),
+      'cuts words in a way',
+    ),
+    (
+      'byte_level',
+      lambda s: s['model'].update(merges=[]),
+      'without merges',
+    ),
+    (
+      'sentencepiece',
+      lambda s: s.update(normalizer=None),
+      'not the SentencePiece BPE',
+    ),
+    # This order of merges has no scores.
+    (
+      'sentencepiece',
+      lambda s: s['model']['merges'].insert(0, s['model']['merges'].pop(16)),
+      'not the SentencePiece BPE',
+    ),
+    (
+      'byte_level',
+      lambda s: s.update(
+        model={'type': 'WordLevel', 'vocab': {'a': 0}, 'unk_token': 'a'},
+        added_tokens=[],
+      ),
+      'needs a BPE tokenizer, got WordLevel',
+    ),
+  ],
+)
+def test_tokenizers_without_words_in_gguf_are_refused(kind, change, problem):
+  tokenizer = _changed(kind, change)
+  with pytest.raises(ValueError, match=problem):
+    gguf_tokenizer.write(tokenizer, tokenizer.vocab_size)
 
 
 @pytest.mark.peers

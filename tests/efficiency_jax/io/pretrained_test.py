@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from efficiency_jax import leaves
 from efficiency_jax.io import assets
 from efficiency_jax.io import errors
 from efficiency_jax.io import export
+from efficiency_jax.io import gguf_file
 from efficiency_jax.io import pretrained
+from efficiency_jax.quantization import rules
 from tests.efficiency_jax.io import tiny_models
 
 _FAMILIES = sorted(tiny_models.CONFIGS)
@@ -119,6 +122,57 @@ def test_quantized_gguf_is_close(tmp_path):
   assert kernel.dtype == jnp.bfloat16
   expected = lm.params['layers_0']['attention']['qkv']['kernel']
   np.testing.assert_allclose(kernel.astype(jnp.float32), expected, atol=0.05)
+
+
+def _q8_but_values(writer, name, value, kind):
+  """Blocks of Q8_0, but those of one values Q4_1 and of one output Q5_0."""
+  kind = gguf.GGMLQuantizationType.Q8_0
+  if name == 'blk.0.attn_v.weight':
+    kind = gguf.GGMLQuantizationType.Q4_1
+  elif name == 'blk.1.attn_output.weight':
+    kind = gguf.GGMLQuantizationType.Q5_0
+  data = value if value.ndim == 1 else gguf.quants.quantize(value, kind)
+  writer.add_tensor(name, data, raw_dtype=None if value.ndim == 1 else kind)
+
+
+def test_packed_keeps_blocks_where_a_parameter_has_one_kind(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(tiny_models, '_add_tensor', _q8_but_values)
+  path = tiny_models.write_gguf(tmp_path / 'a.gguf', tiny_models.model('llama'))
+  dense = pretrained.load(path, dtype=jnp.bfloat16).params
+  packed = pretrained.load(path, dtype=jnp.bfloat16, packed=True).params
+  first, second = packed['layers_0'], packed['layers_1']
+  for leaf in (
+    packed['embedding']['table'],
+    first['attention']['output']['kernel'],
+    second['attention']['qkv']['kernel'],
+    first['ffn']['gate_up']['kernel'],
+  ):
+    assert isinstance(leaf, leaves.QTensor)
+    assert leaf.values.dtype == jnp.int8
+  for leaf in (
+    first['attention']['qkv']['kernel'],
+    second['attention']['output']['kernel'],
+    packed['final_norm']['scale'],
+  ):
+    assert isinstance(leaf, jax.Array)
+  _assert_same(rules.dequantize(packed), dense)
+
+
+def test_packed_refuses_folders_and_bad_scales(saved, tmp_path):
+  with pytest.raises(ValueError, match='packed is for GGUF files'):
+    pretrained.load(saved, packed=True)
+  lm = tiny_models.model('llama')
+  kind = gguf.GGMLQuantizationType.Q4_1
+  path = tiny_models.write_gguf(tmp_path / 'a.gguf', lm, kind)
+  info = gguf_file.read(path).tensors['blk.0.ffn_up.weight']
+  with path.open('r+b') as file:
+    file.seek(info.start + 2)  # the minimum of the first block
+    file.write(np.float16(np.inf).tobytes())
+  for packed in (False, True):
+    with pytest.raises(errors.FileFormatError, match='ffn_up.*not finite'):
+      pretrained.load(path, packed=packed)
 
 
 def _split(directory, names=('a.safetensors', 'b.safetensors')):
