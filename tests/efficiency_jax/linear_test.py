@@ -241,8 +241,8 @@ def test_dynamic_int8_is_that_of_torchao():
 
 @pytest.mark.peers
 def test_outlier_decomposition_is_that_of_bitsandbytes():
-  import torch
   from bitsandbytes import functional as bnb
+  import torch
 
   w, x = np.array(_matrix(256, 128)), np.array(_matrix(6, 256, seed=1))
   x[2, 7], x[4, 100] = 60.0, -9.0

@@ -89,8 +89,8 @@ def test_codes_that_do_not_exist_are_refused(options, message):
 @pytest.mark.parametrize('double', [False, True])
 @pytest.mark.parametrize('code', ['NF4', 'FP4'])
 def test_weights_are_those_of_bitsandbytes(code, double):
-  import torch
   from bitsandbytes import functional as bnb
+  import torch
 
   weight = np.array(_NORMAL[:128].T)  # [K, N], theirs is [N, K]
   packed, state = bnb.quantize_4bit(

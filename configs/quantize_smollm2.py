@@ -1,0 +1,97 @@
+"""SmolLM2-135M-Instruct in fewer bits: the ladder from 16 to 2.
+
+    python -m experiments.quantize --config=configs/quantize_smollm2.py \
+      --workdir=runs/quantize
+
+Its blocks are released in 4 bits (Q4_1), so "float32" here is what these stand
+for and everything below is re-quantized: losses are those of a second rounding.
+Perplexity is on three held-out texts together, in windows of 512 tokens; the
+intervals are of 95 % over windows.
+
+Two CPU cores and 4 GB of memory, about an hour. `:quick` after the file's name
+is every recipe on fewer tokens, `:tiny` a check of the machinery on random
+weights.
+
+Fields:
+  model, dtype: As those of configs/decode_smollm2.py.
+  methods: Names of quantization.recipes.
+  texts: Of data.held_out.
+  tokens: To predict, all texts together.
+  length, batch: Of windows.
+  tasks: Questions of each, drawn at random; 0 leaves a task out.
+  calibration: Text, tokens and batch for recipes that need it.
+  prompt, steps, repeats: Of the speeds: tokens read at once, tokens written,
+    and timed samples.
+"""
+
+import ml_collections
+
+_LADDER = (
+  'fp16',
+  'bf16',
+  'fp8 e4m3',
+  'int8 per tensor',
+  'int8',
+  'W8A8 per tensor',
+  'W8A8',
+  'LLM.int8',
+  'W8A8 static',
+  'SmoothQuant',
+  'W4A8',
+  'int4 per channel',
+  'int4',
+  'int4 group 32',
+  'FP4',
+  'NF4',
+  'NF4 double',
+  'AWQ int4',
+  'GPTQ int4',
+  'GOBO 4 bits',
+  'GOBO 3 bits',
+  'int3',
+  'AWQ int3',
+  'GPTQ int3',
+)
+
+
+def get_config(variant: str = '') -> ml_collections.ConfigDict:
+  """The settings; `variant` may be 'quick' or 'tiny'."""
+  if variant not in ('', 'quick', 'tiny'):
+    raise ValueError(f"variants are 'quick' and 'tiny', got {variant!r}.")
+  config = ml_collections.ConfigDict()
+  config.model = 'smollm2-135m'
+  config.dtype = 'float32'
+  config.methods = _LADDER
+  config.texts = ('lambada', 'brown', 'python-manual')
+  config.inline = ()
+  config.tokens = 60_000
+  config.length = 512
+  config.batch = 8
+  config.tasks = ml_collections.ConfigDict(
+    {'lambada': 200, 'hellaswag': 0, 'arc-easy': 0, 'piqa': 0}
+  )
+  config.calibration = ml_collections.ConfigDict(
+    {'text': 'brown', 'tokens': 16_384, 'batch': 4}
+  )
+  config.prompt = 512
+  config.steps = 32
+  config.repeats = 3
+  config.seed = 0
+  if variant == 'quick':
+    config.tokens = 6000
+    config.tasks.lambada = 0
+    config.calibration.tokens = 4096
+    config.steps = 16
+    config.repeats = 2
+  if variant == 'tiny':
+    config.model = 'untrained'
+    config.inline = ('to be or not to be that is the question ' * 20,) * 4
+    config.methods = ('int8', 'W8A8', 'int4 group 32', 'GPTQ int4')
+    config.tokens = 128
+    config.length = 32
+    config.batch = 2
+    config.calibration.tokens = 1024
+    config.prompt = 32
+    config.steps = 4
+    config.repeats = 1
+  return config

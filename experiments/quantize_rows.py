@@ -1,0 +1,214 @@
+"""What `quantize` measures of one way to store a model."""
+
+from collections.abc import Sequence
+import dataclasses
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficiency_jax import trees
+from efficiency_jax.data import choices
+from efficiency_jax.data import documents
+from efficiency_jax.data import held_out
+from efficiency_jax.data import splits
+from efficiency_jax.evaluation import accuracy
+from efficiency_jax.evaluation import estimates
+from efficiency_jax.evaluation import quality
+from efficiency_jax.evaluation import speed
+from efficiency_jax.io.pretrained import LanguageModel
+from efficiency_jax.leaves import QTensor
+from efficiency_jax.models import cache as kv_cache
+from efficiency_jax.models import transformer
+from efficiency_jax.quantization import recipes
+from efficiency_jax.quantization import rules
+
+BASELINE = 'float32'
+
+COLUMNS = {
+  'method': 'method',
+  'bits_per_weight': 'bits a weight',
+  'megabytes': 'MB',
+  'perplexity': 'perplexity',
+  'perplexity_ci': '+-',
+  'perplexity_ratio': 'over float32',
+  'kl': 'KL, nats',
+  'agreement': 'same best token',
+  'lambada': 'LAMBADA',
+  'hellaswag': 'HellaSwag',
+  'arc-easy': 'ARC-Easy',
+  'piqa': 'PIQA',
+  'prefill_tokens_per_second': 'prefill tokens/s',
+  'decode_tokens_per_second': 'decode tokens/s',
+}
+
+
+def calibration_text(lm: LanguageModel, config) -> list[np.ndarray]:
+  """Batches of tokens of documents that nothing is measured on."""
+  if config.model == 'untrained':
+    texts = config.inline
+  else:
+    texts = [
+      text
+      for text in documents.load(config.calibration.text)
+      if not splits.is_validation(text, share=held_out.SHARE)
+    ]
+  length, batch = config.length, config.calibration.batch
+  needed = config.calibration.tokens
+  stream = itertools.chain.from_iterable(
+    lm.tokenizer.encode(text, special=False) for text in texts
+  )
+  tokens = np.array(list(itertools.islice(stream, needed)), np.int32)
+  if len(tokens) < needed:
+    raise ValueError(
+      f'--config.calibration.tokens={needed} are more than the {len(tokens)} of'
+      ' the text: ask for fewer.'
+    )
+  rows = tokens[: needed // (batch * length) * batch * length]
+  return list(rows.reshape(-1, batch, length))
+
+
+def references(lm: LanguageModel, config) -> list[quality.Reference]:
+  """What the model in floats says about each text."""
+  texts = config.texts if config.model != 'untrained' else ('inline',)
+  return [
+    quality.reference(
+      lm,
+      config.inline if name == 'inline' else held_out.load(name),
+      tokens=config.tokens // len(texts),
+      length=config.length,
+      batch=config.batch,
+    )
+    for name in texts
+  ]
+
+
+def store(
+  lm: LanguageModel, method: str, batches
+) -> tuple[LanguageModel, dict]:
+  """A model stored by a recipe, and what that did to its weights."""
+  if method == BASELINE:
+    weights = trees.count_parameters(lm.params)
+    size = trees.count_bytes(lm.params)
+    return lm, {'bits_per_weight': 8 * size / weights, 'bytes': size}
+  text = batches if recipes.needs_text(method) else ()
+  params, report = recipes.quantize(lm.config, lm.params, method, text)
+  sizes = [math.prod(leaf.shape) for leaf in report.leaves]
+  mean = lambda field: float(
+    np.average([getattr(leaf, field) for leaf in report.leaves], weights=sizes)
+  )
+  return dataclasses.replace(lm, params=params), {
+    'bits_per_weight': report.bits_per_weight,
+    'bytes': report.num_bytes,
+    'weight_error': mean('mean_error'),
+    'outlier_share': mean('outlier_share'),
+  }
+
+
+def measure_quality(
+  lm: LanguageModel, known: Sequence[quality.Reference], config
+) -> dict:
+  """Perplexity over all texts together and each, and KL from floats.
+
+  Weights that multiply floats are made floats first: the numbers are the same,
+  and all such models share a compiled program.
+  """
+  lm = as_floats(lm)
+  found = [quality.kl(one, lm, batch=config.batch) for one in known]
+  base = _joined([one.perplexity.nats for one in known])
+  nats = _joined([one.perplexity.nats for one in found])
+  kl = _joined([one.nats for one in found])
+  loss = estimates.compare(nats, base)
+  value = math.exp(nats.value)
+  row = {
+    'perplexity': value,
+    'perplexity_ci': (math.exp(nats.high) - math.exp(nats.low)) / 2,
+    'perplexity_ratio': math.exp(loss.value),
+    'perplexity_ratio_low': math.exp(loss.low),
+    'perplexity_ratio_high': math.exp(loss.high),
+    'kl': kl.value,
+    'kl_ci': (kl.high - kl.low) / 2,
+    'agreement': _joined([one.agreement for one in found]).value,
+    'tokens': int(nats.counts.sum()),
+  }
+  texts = config.texts if config.model != 'untrained' else ('inline',)
+  for name, one in zip(texts, found, strict=True):
+    row[f'perplexity_{name}'] = one.perplexity.value
+  return row
+
+
+def as_floats(lm: LanguageModel) -> LanguageModel:
+  """The same model, if only its weights are quantized, in plain arrays."""
+  leaves = jax.tree.leaves(
+    lm.params, is_leaf=lambda node: isinstance(node, QTensor)
+  )
+  kinds = [leaf for leaf in leaves if isinstance(leaf, QTensor)]
+  if any(q.activation or q.input_scales is not None for q in kinds):
+    return lm
+  return dataclasses.replace(lm, params=rules.dequantize(lm.params))
+
+
+def measure_accuracy(lm: LanguageModel, config) -> dict:
+  """The share of right answers in each task, and its standard error."""
+  lm, row = as_floats(lm), {}
+  rng = np.random.default_rng(config.seed)
+  for task, count in config.tasks.items():
+    if not count:
+      continue
+    found = choices.last_words() if task == 'lambada' else choices.load(task)
+    # The first ones are no fair sample of all.
+    chosen = rng.permutation(len(found))[:count]
+    found = [found[n] for n in np.sort(chosen)]
+    if task == 'lambada':
+      share = accuracy.last_word_accuracy(lm, found, batch=config.batch)
+    else:
+      both = accuracy.choice_accuracy(lm, found, batch=config.batch)
+      share = both.normalized
+    row |= {task: share.value, f'{task}_standard_error': share.standard_error}
+  return row
+
+
+def measure_speed(lm: LanguageModel, config) -> dict:
+  """Tokens a second: of a prompt read at once, and of one after another."""
+  apply = transformer.apply_fn(lm.config)
+  prompt = jnp.arange(config.prompt, dtype=jnp.int32)[None] % 64
+  dtype = lm.params['embedding']['table'].dtype
+  slots = config.prompt + 2 * kv_cache.BLOCK
+  cache = kv_cache.init(lm.config, 1, slots, dtype)
+
+  @jax.jit
+  def read(params, tokens, cache):
+    output, cache = apply(params, tokens, cache)
+    return output.logits[:, -1].argmax(-1), cache
+
+  @jax.jit
+  def write(params, token, cache):
+    def step(_, carry):
+      token, cache = carry
+      output, cache = apply(params, token[:, None], cache)
+      return output.logits[:, 0].argmax(-1).astype(jnp.int32), cache
+
+    return jax.lax.fori_loop(0, config.steps, step, (token, cache))[0]
+
+  token, filled = read(lm.params, prompt, cache)
+  token = token.astype(jnp.int32)
+  prefill = speed.measure(
+    read, lm.params, prompt, cache, repeats=config.repeats
+  )
+  decode = speed.measure(
+    write, lm.params, token, filled, repeats=config.repeats
+  )
+  return {
+    'prefill_tokens_per_second': config.prompt / prefill.median_seconds,
+    'decode_tokens_per_second': config.steps / decode.median_seconds,
+  }
+
+
+def _joined(parts: Sequence[estimates.Estimate]) -> estimates.Estimate:
+  """All units of several texts as one sample."""
+  return estimates.Estimate(
+    np.concatenate([part.sums for part in parts]),
+    np.concatenate([part.counts for part in parts]),
+  )
