@@ -34,7 +34,7 @@ _EXTRAS = {
       )
     ),
   ],
-  'test': ['pytest>=8', 'pytest-xdist', 'hypothesis', 'scipy'],
+  'test': ['pytest>=8', 'pytest-xdist', 'hypothesis'],
   'dev': ['ruff', 'pre-commit'],
   'notebooks': ['jupytext', 'nbclient', 'ipykernel'],
 }
@@ -64,6 +64,7 @@ setuptools.setup(
     'chex>=0.1.90',
     'absl-py>=2.1',
     'numpy',
+    'scipy',
     'ml_collections',
     'tokenizers',
     'safetensors',

@@ -46,6 +46,12 @@ class Outliers(NamedTuple):
 class Activation:
   """How the left operand of a product becomes integers.
 
+  With a scale for every row and no threshold, a row of the product does not
+  depend on other rows, and speculative decoding is exact for the quantized
+  model. One scale for all of x, and outlying columns "in any row", depend on
+  what else is computed together: then the text may depend on the batch and on
+  drafts.
+
   Attributes:
     bits: Of the integers, 2 to 8.
     per: A scale for every row of x, or one for all of x.
@@ -260,7 +266,9 @@ def selected(q: QTensor, index: jax.Array) -> QTensor:
     ValueError: The leaf has outliers.
   """
   take = lambda x: jnp.take(x, index, axis=-1, mode='clip')
-  each = lambda x: x if x is None or x.shape[-1] == 1 else take(x)
+  # Copies, because a state that holds the selection may be donated.
+  copy = lambda x: None if x is None else jnp.copy(x)
+  each = lambda x: copy(x) if x is None or x.shape[-1] == 1 else take(x)
   if q.outliers is not None:
     raise ValueError('columns of a weight with outliers cannot be selected.')
   return dataclasses.replace(
@@ -268,6 +276,9 @@ def selected(q: QTensor, index: jax.Array) -> QTensor:
     values=take(q.values),
     scales=each(float_scales(q.scales)),
     offsets=each(q.offsets),
+    codebook=copy(q.codebook),
+    input_scales=copy(q.input_scales),
+    x_scale=copy(q.x_scale),
   )
 
 

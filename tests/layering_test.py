@@ -90,6 +90,8 @@ ONLY_IN = {
 # Tests of several rooms at once; every other test names the module it tests.
 CROSS_CUTTING = {
   'tests/layering_test.py',
+  # Quantized targets and drafts in speculation.
+  'tests/efficiency_jax/composition_test.py',
   # All kernels through the compiler of a device.
   'tests/pallas_kernels/compile_test.py',
   'tests/pallas_kernels/compile_cuda_test.py',
