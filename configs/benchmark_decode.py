@@ -14,7 +14,8 @@ Fields:
   model: An asset, a folder, a GGUF file or a Hub id; 'untrained' is a tiny
     model with random weights.
   dtype: Of the parameters.
-  weights: A name of quantization.recipes that they are stored by, or ''.
+  weights: A name of quantization.recipes that they are stored by; 'packed' for
+    the blocks of the GGUF file as they are, with rows of 8 bits; or ''.
   cache: 'int8' for keys and values in 8 bits, or '' for the dtype.
   prompts: Sets to take prompts from in turns: mt-bench, humaneval, or inline
     (the messages in `inline`).

@@ -24,7 +24,8 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.model = 'smollm2-135m'  # an asset, a folder, a .gguf, a Hub id
   config.dtype = 'float32'
-  # A name of quantization.recipes for the weights, 'int8' for the cache.
+  # Weights: a name of quantization.recipes, or 'packed' as the GGUF file has
+  # them. Cache: 'int8'. '' is the dtype.
   config.weights = config.cache = ''
   # Prompt sets: humaneval, mt-bench, or inline (the messages in `inline`).
   config.prompts = ('humaneval',) if demo else ('humaneval', 'mt-bench')

@@ -1,4 +1,4 @@
-"""The whole ladder of configs/quantize_smollm2.py on 6,000 tokens.
+"""The main steps of configs/quantize_smollm2.py on 6,000 tokens.
 
     python -m experiments.quantize --config=configs/quantize_smollm2_quick.py \
       --workdir=runs/quantize_quick

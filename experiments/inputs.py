@@ -5,6 +5,7 @@ import dataclasses
 from efficiency_jax.data import prompts as prompt_sets
 from efficiency_jax.io import pretrained
 from efficiency_jax.io import untrained
+from efficiency_jax.quantization import activations
 from efficiency_jax.quantization import recipes
 
 
@@ -12,9 +13,14 @@ def load_model(config) -> pretrained.LanguageModel:
   """The target; 'untrained' is a random tiny model.
 
   `config.weights` names a recipe that its weights are stored by; '' stores them
-  in `config.dtype`.
+  in `config.dtype`, and 'packed' as the GGUF file has them, to multiply rows of
+  8 bits.
   """
   recipe = config.get('weights', '')
+  if recipe == 'packed':
+    lm = pretrained.load(config.model, dtype=config.dtype, packed=True)
+    params = activations.in_integers(lm.params)
+    return dataclasses.replace(lm, name=f'{lm.name}, packed', params=params)
   if recipe and recipes.needs_text(recipe):
     raise ValueError(
       f'--config.weights={recipe!r} needs calibration text, which is given by'

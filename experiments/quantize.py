@@ -30,7 +30,7 @@ def experiment(
   check(config)
   lm = inputs.load_model(config)
   text = functools.cache(lambda: rows_of.calibration_text(lm, config))
-  known = functools.cache(lambda: rows_of.references(lm, config))
+  known = functools.cache(lambda: rows_of.reference(lm, config))
   methods = (rows_of.BASELINE, *config.methods)
   rows = []
   for method in display.track(methods, 'quantizing'):

@@ -70,19 +70,33 @@ def calibration_text(lm: LanguageModel, config) -> list[np.ndarray]:
   return list(rows.reshape(-1, batch, length))
 
 
-def references(lm: LanguageModel, config) -> list[quality.Reference]:
-  """What the model in floats says about each text."""
-  texts = config.texts if config.model != 'untrained' else ('inline',)
-  return [
+def reference(lm: LanguageModel, config) -> quality.Reference:
+  """What the model in floats says about all texts, one after another."""
+  names = texts(config)
+  parts = [
     quality.reference(
       lm,
       config.inline if name == 'inline' else held_out.load(name),
-      tokens=config.tokens // len(texts),
+      tokens=config.tokens // len(names),
       length=config.length,
       batch=config.batch,
     )
-    for name in texts
+    for name in names
   ]
+  joined = lambda *arrays: np.concatenate(arrays)
+  return quality.Reference(
+    lm=lm,
+    windows=jax.tree.map(joined, *(part.windows for part in parts)),
+    hidden=joined(*(part.hidden for part in parts)),
+    perplexity=quality.Perplexity(
+      nats=_joined([part.perplexity.nats for part in parts])
+    ),
+  )
+
+
+def texts(config) -> tuple[str, ...]:
+  """Names of what is measured on."""
+  return config.texts if config.model != 'untrained' else ('inline',)
 
 
 def store(
@@ -108,34 +122,34 @@ def store(
 
 
 def measure_quality(
-  lm: LanguageModel, known: Sequence[quality.Reference], config
+  lm: LanguageModel, known: quality.Reference, config
 ) -> dict:
   """Perplexity over all texts together and each, and KL from floats.
 
   Weights that multiply floats are made floats first: the numbers are the same,
   and all such models share a compiled program.
   """
-  lm = as_floats(lm)
-  found = [quality.kl(one, lm, batch=config.batch) for one in known]
-  base = _joined([one.perplexity.nats for one in known])
-  nats = _joined([one.perplexity.nats for one in found])
-  kl = _joined([one.nats for one in found])
-  loss = estimates.compare(nats, base)
-  value = math.exp(nats.value)
+  found = quality.kl(known, as_floats(lm), batch=config.batch)
+  nats = found.perplexity.nats
+  loss = estimates.compare(nats, known.perplexity.nats)
   row = {
-    'perplexity': value,
-    'perplexity_ci': (math.exp(nats.high) - math.exp(nats.low)) / 2,
+    'perplexity': found.perplexity.value,
+    'perplexity_ci': (found.perplexity.high - found.perplexity.low) / 2,
     'perplexity_ratio': math.exp(loss.value),
     'perplexity_ratio_low': math.exp(loss.low),
     'perplexity_ratio_high': math.exp(loss.high),
-    'kl': kl.value,
-    'kl_ci': (kl.high - kl.low) / 2,
-    'agreement': _joined([one.agreement for one in found]).value,
-    'tokens': int(nats.counts.sum()),
+    'kl': found.nats.value,
+    'kl_ci': (found.nats.high - found.nats.low) / 2,
+    'agreement': found.agreement.value,
+    'tokens': found.perplexity.tokens,
   }
-  texts = config.texts if config.model != 'untrained' else ('inline',)
-  for name, one in zip(texts, found, strict=True):
-    row[f'perplexity_{name}'] = one.perplexity.value
+  # Each text has as many tokens to predict, in windows of its own.
+  ends = np.cumsum(nats.counts)
+  share = ends[-1] / len(texts(config))
+  for number, name in enumerate(texts(config)):
+    mine = (ends > number * share) & (ends <= (number + 1) * share)
+    value = nats.sums[mine].sum() / nats.counts[mine].sum()
+    row[f'perplexity_{name}'] = math.exp(value)
   return row
 
 

@@ -1,0 +1,34 @@
+"""The model that a config names, stored as it says."""
+
+import ml_collections
+import pytest
+
+from efficiency_jax import leaves
+from experiments import inputs
+
+
+def _config(**fields):
+  return ml_collections.ConfigDict(
+    {'model': 'untrained', 'dtype': 'float32', **fields}
+  )
+
+
+def test_weights_are_stored_by_a_recipe():
+  plain = inputs.load_model(_config(weights=''))
+  small = inputs.load_model(_config(weights='W8A8'))
+  kernel = small.params['layers_0']['ffn']['down']['kernel']
+  assert isinstance(kernel, leaves.QTensor)
+  assert kernel.activation == leaves.Activation()
+  assert small.name == f'{plain.name}, W8A8'
+
+
+@pytest.mark.parametrize(
+  ('recipe', 'message'),
+  [
+    ('int9', "there is no recipe 'int9'"),
+    ('GPTQ int4', "--config.weights='GPTQ int4' needs calibration text"),
+  ],
+)
+def test_what_cannot_be_stored_is_refused(recipe, message):
+  with pytest.raises(ValueError, match=message):
+    inputs.load_model(_config(weights=recipe))
