@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficiency_jax import leaves
 from efficiency_jax.decoding import cost_table
 from efficiency_jax.decoding import draft_model
 from efficiency_jax.decoding import draft_trees
@@ -67,6 +68,21 @@ class Engine:
   weights: drafters.Weights
   stop_tokens: tuple[int, ...]
   cache_dtype: Any
+
+  @property
+  def guarantee(self) -> str:
+    """That of the verifier, or 'none' where it cannot be given.
+
+    Passes of different widths differ in the last bits of floats. A model that
+    rounds its activations, or keys and values, to integers makes steps of such
+    bits, so that with drafts its text is one of a model with the same weights,
+    and not token for token what single steps write.
+    """
+    rounds = leaves.rounds_activations(self.lm.params)
+    rounds |= self.cache_dtype == jnp.int8
+    if rounds and self.decoder.schedule.lengths != (0,):
+      return 'none'
+    return self.decoder.verifier.guarantee
 
 
 def prepare(

@@ -306,7 +306,7 @@ def _collect(
   chosen = np.asarray(state.counters.chosen).tolist()
   generation = Generation(
     rows=rows,
-    guarantee=engine.decoder.verifier.guarantee,
+    guarantee=engine.guarantee,
     rounds=dict(zip(lengths, chosen, strict=True)),
     prefill_seconds=seconds[0],
     decode_seconds=seconds[1],

@@ -47,10 +47,11 @@ class Activation:
   """How the left operand of a product becomes integers.
 
   With a scale for every row and no threshold, a row of the product does not
-  depend on other rows, and speculative decoding is exact for the quantized
-  model. One scale for all of x, and outlying columns "in any row", depend on
-  what else is computed together: then the text may depend on the batch and on
-  drafts.
+  depend on other rows; one scale for all of x, and outlying columns "in any
+  row", depend on what else is computed together. Either way a text may depend
+  on the width of the pass: floats between the products differ in their last
+  bits from width to width, and where that turns a rounding the other way, a
+  step of 1 / 127 is what is left of it.
 
   Attributes:
     bits: Of the integers, 2 to 8.
@@ -190,6 +191,13 @@ class FakeTensor:
       dtype=self.weight.dtype,
       transposed=self.transposed,
     )
+
+
+def rounds_activations(params: Any) -> bool:
+  """Whether some product of these parameters rounds what it multiplies."""
+  is_leaf = lambda node: isinstance(node, QTensor)
+  found = jax.tree.leaves(params, is_leaf=is_leaf)
+  return any(is_leaf(leaf) and leaf.activation is not None for leaf in found)
 
 
 Leaf: TypeAlias = jax.Array | LoraTensor | QTensor | FakeTensor

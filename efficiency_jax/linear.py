@@ -39,7 +39,7 @@ def logits_from_table(
   table: leaves.Leaf,  # [V, D]
 ) -> jax.Array:
   """Scores every row of an embedding table: `x @ table.T`, [..., V] float32."""
-  if not isinstance(table, jax.Array):
+  if isinstance(table, QTensor | FakeTensor):
     return _opened(x, table)
   return _dot(x, table, contract=1)
 
@@ -120,29 +120,35 @@ def _quantized(x: jax.Array, q: QTensor) -> jax.Array:
     x = (x * q.input_scales).astype(x.dtype)
   if q.activation is not None:
     return _in_integers(x, q)
-  scales = leaves.float_scales(q.scales)
-  rows, _ = q.matrix_shape
   if q.bits == 16:
     return _dot(x, q.values, contract=0)
-  # What the kernels read as it is stored; else the weight is made for a while.
-  stored = jnp.issubdtype(q.values.dtype, jnp.integer) and q.bits in (4, 8)
-  coded = q.bits == 8 and q.codebook is not None
-  plain = q.offsets is None and q.outliers is None and scales is not None
-  if stored and plain and not coded and _groups_fit(q, scales, rows):
-    return dequant_matmul(
-      x,
-      q.values,
-      jnp.broadcast_to(scales, (len(scales), q.values.shape[1])).astype(
-        jnp.float32
-      ),
-      q.codebook,
-      out_dtype=jnp.float32,
-    )
-  return _dot(x, leaves.dequantized_matrix(q).astype(x.dtype), contract=0)
+  scales = leaves.float_scales(q.scales)
+  if scales is None or not _kernel_reads(q, len(scales)):
+    # The weight is made for a while.
+    return _dot(x, leaves.dequantized_matrix(q).astype(x.dtype), contract=0)
+  columns = q.matrix_shape[1]
+  wide = lambda s: jnp.broadcast_to(s, (len(scales), columns))
+  y = dequant_matmul(
+    x,
+    q.values,
+    wide(scales.astype(jnp.float32)),
+    q.codebook,
+    out_dtype=jnp.float32,
+  )
+  if q.offsets is not None:
+    # sum_k x_k o_gn: what x sums to in each group, times the offsets.
+    parts = x.astype(jnp.float32).reshape(*x.shape[:-1], len(scales), -1)
+    y = y + _dot(parts.sum(-1), wide(q.offsets.astype(jnp.float32)), contract=0)
+  return y
 
 
-def _groups_fit(q: QTensor, scales: jax.Array, rows: int) -> bool:
-  return q.bits == 8 or rows % (32 * len(scales)) == 0
+def _kernel_reads(q: QTensor, groups: int) -> bool:
+  """Whether `dequant_matmul` multiplies the values as they are stored."""
+  if q.outliers is not None or not jnp.issubdtype(q.values.dtype, jnp.integer):
+    return False
+  if q.bits == 8:
+    return q.codebook is None
+  return q.bits == 4 and q.matrix_shape[0] % (32 * groups) == 0
 
 
 def _in_integers(x: jax.Array, q: QTensor) -> jax.Array:

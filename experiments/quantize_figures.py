@@ -18,7 +18,8 @@ def perplexity_by_bytes(
   """
   figure, axes = display.figure(width=8.5, height=5.5)
   most = 2.0  # beyond, a model is broken and a number says no more
-  for row in rows:
+  ordered = sorted(rows, key=lambda r: (r['megabytes'], r['perplexity_ratio']))
+  for number, row in enumerate(ordered):
     ratio = row['perplexity_ratio']
     beyond = ratio > most
     height = min(ratio, most)
@@ -39,7 +40,9 @@ def perplexity_by_bytes(
       label,
       (row['megabytes'], height),
       textcoords='offset points',
-      xytext=(5, 3),
+      # Neighbours are labelled on either side.
+      xytext=(-6, -8) if number % 2 else (5, 3),
+      ha='right' if number % 2 else 'left',
       fontsize=7,
     )
   axes.axhline(1.0, color='black', linewidth=0.8)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from efficiency_jax import engine as engine_lib
 from efficiency_jax import generation
 from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import medusa
@@ -58,14 +59,14 @@ def _tokens(lm, **choices):
 @pytest.mark.parametrize(
   ('recipe', 'cache'),
   [
-    ('W8A8', 'int8'),
+    pytest.param('W8A8', 'int8', marks=pytest.mark.slow),
     pytest.param('NF4', None, marks=pytest.mark.slow),
     pytest.param('W4A8', None, marks=pytest.mark.slow),
     pytest.param('W4A8', 'int8', marks=pytest.mark.slow),
   ],
 )
 def test_a_quantized_target_is_exact_for_itself_with_every_draft(recipe, cache):
-  """Rows of x have scales of their own, so that width changes no row."""
+  """On models as small as this one; see `Engine.guarantee`."""
   lm = _lm(recipe)
   plain = _tokens(lm, drafter='plain', cache_dtype=cache)
   assert plain == _tokens(
@@ -77,6 +78,22 @@ def test_a_quantized_target_is_exact_for_itself_with_every_draft(recipe, cache):
       lm, drafter=drafter, heads=heads, draft_length=3, cache_dtype=cache
     )
     assert plain == drafted
+
+
+@pytest.mark.parametrize(
+  ('recipe', 'cache', 'expected'),
+  [
+    ('', None, 'greedy'),
+    ('NF4', None, 'greedy'),
+    ('W8A8', None, 'none'),
+    ('', 'int8', 'none'),
+  ],
+)
+def test_nothing_is_promised_where_roundings_may_turn(recipe, cache, expected):
+  options = {'drafter': 'n-gram', 'draft_length': 3, 'cache_dtype': cache}
+  assert engine_lib.prepare(_lm(recipe), **options).guarantee == expected
+  options = {'drafter': 'plain', 'cache_dtype': cache}
+  assert engine_lib.prepare(_lm(recipe), **options).guarantee == 'greedy'
 
 
 def test_quantization_changes_the_text_or_the_test_is_blind():

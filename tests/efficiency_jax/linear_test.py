@@ -116,6 +116,7 @@ _METHODS = {
   'int8 zero point': Integers(symmetric=False),
   'int5': Integers(bits=5, per=32),
   'int4': Integers(bits=4, per=32),
+  'int4 zero point': Integers(bits=4, per=32, symmetric=False),
   'int4 half scales': Integers(bits=4, per=32, scale_dtype=jnp.float16),
   'int4 groups of 16': Integers(bits=4, per=16),
   'NF4': Codes(),

@@ -26,6 +26,7 @@ def _run(workdir, *flags):
   )
 
 
+@pytest.mark.slow
 def test_a_row_says_size_quality_and_speed(tmp_path):
   _run(tmp_path / 'run')
   rows = json.loads((tmp_path / 'run/results.json').read_text())['rows']

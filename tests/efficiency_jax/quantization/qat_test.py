@@ -85,6 +85,7 @@ def _loss(params, tokens):
   ).mean()
 
 
+@pytest.mark.slow
 def test_training_recovers_what_rounding_lost():
   """A model is fitted to a text, rounded to 2 bits, and trained on."""
   rule = [('(kernel|table)$', Integers(bits=2))]

@@ -27,7 +27,26 @@ _BITS = {
 }
 
 
-@pytest.mark.parametrize('name', recipes.RECIPES)
+# One of each kind; the others are slow together.
+_FIRST = (
+  'bf16',
+  'int8',
+  'W8A8',
+  'LLM.int8',
+  'W4A8',
+  'NF4 double',
+  'GOBO 3 bits',
+  'GPTQ int4',
+)
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    name if name in _FIRST else pytest.param(name, marks=pytest.mark.slow)
+    for name in recipes.RECIPES
+  ],
+)
 def test_a_recipe_makes_a_model(name):
   params = fixtures.params(_CONFIG)
   text = [np.random.default_rng(1).integers(0, 64, (16, 64))]
