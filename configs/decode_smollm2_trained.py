@@ -14,7 +14,7 @@ and 8 problems of HumanEval, batch 1. The drafts are shipped with the package;
 with exact verification. `:trees` is the table of trees against chains at equal
 numbers of nodes.
 
-Hardware: two CPU cores, 4 GB of memory; under 10 minutes each.
+Hardware: two CPU cores, 4 GB of memory; 8 minutes, `:sampled` 7, `:trees` 18.
 """
 
 import ml_collections

@@ -8,9 +8,9 @@ for and everything below is re-quantized: losses are those of a second rounding.
 Perplexity is on three held-out texts together, in windows of 512 tokens; the
 intervals are of 95 % over windows.
 
-Two CPU cores and 4 GB of memory, some 90 minutes. `:quick` after the file's
-name is the main steps on fewer tokens, `:tiny` a check of the machinery on
-random weights.
+Two CPU cores and 4 GB of memory, an estimated two hours (not run yet).
+`:quick` after the file's name is the main steps on fewer tokens, `:tiny` a
+check of the machinery on random weights.
 
 Fields:
   model, dtype: As those of configs/decode_smollm2.py.

@@ -14,6 +14,7 @@ from efficiency_jax import leaves
 from efficiency_jax.leaves import FakeTensor
 from efficiency_jax.leaves import LoraTensor
 from efficiency_jax.leaves import QTensor
+from pallas_kernels.dequant_matmul import formats
 from pallas_kernels.dequant_matmul.api import dequant_matmul
 from pallas_kernels.int8_matmul.api import int8_matmul
 from pallas_kernels.int8_matmul.api import llm_int8_matmul
@@ -131,7 +132,8 @@ def _quantized(x: jax.Array, q: QTensor) -> jax.Array:
   y = dequant_matmul(
     x,
     q.values,
-    wide(scales.astype(jnp.float32)),
+    # Half precision is read as it is stored.
+    wide(scales if scales.dtype == jnp.float16 else scales.astype(jnp.float32)),
     q.codebook,
     out_dtype=jnp.float32,
   )
@@ -196,8 +198,7 @@ def quantized_activations(
   x = x.astype(jnp.float32)
   if x_scale is None:
     axes = -1 if how.per == 'row' else None
-    x_scale = jnp.abs(x).max(axes) * (1 / largest)
-    x_scale = jnp.where(x_scale < _SMALLEST, 1.0, x_scale)
+    x_scale = formats.usable(jnp.abs(x).max(axes) * (1 / largest))
   x_scales = jnp.broadcast_to(x_scale, x.shape[:-1])
   values = jnp.round(x * (1 / x_scales)[..., None])
   return jnp.clip(values, -largest, largest).astype(jnp.int8), x_scales
@@ -205,8 +206,6 @@ def quantized_activations(
 
 # Parts of the inner axis that a one-row product is summed from on a CPU.
 _PARTS = 4
-# Below it a scale has no usable reciprocal.
-_SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 # Rows up to which a product takes as long as reading its weights.
 _FEW = 16
 

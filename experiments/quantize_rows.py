@@ -107,8 +107,7 @@ def store(
     weights = trees.count_parameters(lm.params)
     size = trees.count_bytes(lm.params)
     return lm, {'bits_per_weight': 8 * size / weights, 'bytes': size}
-  text = batches if recipes.needs_text(method) else ()
-  params, report = recipes.quantize(lm.config, lm.params, method, text)
+  params, report = recipes.quantize(lm.config, lm.params, method, batches)
   sizes = [math.prod(leaf.shape) for leaf in report.leaves]
   mean = lambda field: float(
     np.average([getattr(leaf, field) for leaf in report.leaves], weights=sizes)

@@ -16,7 +16,6 @@ a compiler that fuses other operations makes of it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-import re
 from typing import NamedTuple
 
 import jax
@@ -24,6 +23,8 @@ import jax.numpy as jnp
 
 from efficiency_jax import trees
 from efficiency_jax.leaves import LoraTensor
+from efficiency_jax.leaves import QTensor
+from efficiency_jax.leaves import dequantize
 from efficiency_jax.types import Params
 
 
@@ -46,8 +47,8 @@ def adapt(
 
   Args:
     params: Of a model.
-    rules: Regular expressions, searched for in the paths of leaves
-      (`layers_3/attention/qkv/kernel`).
+    rules: Regular expressions for the paths of leaves
+      (`layers_3/attention/qkv/kernel`), as those of `trees.replace`.
     rank: r, of every correction.
     alpha: Over r it is the scale of the corrections.
     key: Of A, whose entries are normal with variance 1 / I.
@@ -56,30 +57,29 @@ def adapt(
     The adapted parameters, whose other leaves are those given, and a report.
 
   Raises:
-    ValueError: The rank is below 1, a rule matches nothing, or it matches
+    ValueError: The rank is below 1, a rule applies to nothing, or it matches
       something else than a kernel [I, O] that `linear` reads.
   """
   if rank < 1:
     raise ValueError(f'rank must be >= 1, got {rank}.')
-  rules = list(rules)
-  paths = [path for path, _ in trees.leaves(params)]
-  for rule in rules:
-    if not any(re.search(rule, path) for path in paths):
-      raise ValueError(
-        f'rule {rule!r} matches no parameter; paths are like {paths[-1]!r}.'
-      )
-  chosen = [p for p in paths if any(re.search(rule, p) for rule in rules)]
-  keys = dict(zip(chosen, jax.random.split(key, len(chosen)), strict=True))
+  chosen = []
 
-  def one(path, leaf):
-    path = trees.path_string(path)
-    if path not in keys:
-      return leaf
-    if leaf.ndim != 2 or not path.endswith('kernel'):
+  def check(path, leaf, _):
+    if isinstance(leaf, LoraTensor):
+      raise ValueError(f'{path} is adapted already: make the rules narrower.')
+    if len(leaf.shape) != 2 or not path.endswith('kernel'):
       raise ValueError(
         f'only kernels [I, O] can be adapted, and {path} {list(leaf.shape)} is'
         ' none: make the rules narrower.'
       )
+    chosen.append(path)
+    return leaf
+
+  rules = [(rule, True) for rule in rules]
+  trees.replace(params, rules, check)
+  keys = dict(zip(chosen, jax.random.split(key, len(chosen)), strict=True))
+
+  def one(path, leaf, _):
     wide, out = leaf.shape
     return LoraTensor(
       base=leaf,
@@ -88,7 +88,7 @@ def adapt(
       scale=alpha / rank,
     )
 
-  adapted = jax.tree_util.tree_map_with_path(one, params)
+  adapted = trees.replace(params, rules, one)
   trained = trees.count_parameters(factors(adapted))
   report = Report(tuple(chosen), trained, trees.count_parameters(params))
   return adapted, report
@@ -125,11 +125,18 @@ def base(params: Params) -> Params:
 
 
 def merge(params: Params) -> Params:
-  """The adapted model in plain arrays, W + (alpha / r) A B, rounded once."""
+  """The adapted model in plain arrays, W + (alpha / r) A B, rounded once.
+
+  A kernel in few bits becomes an array too: rounded to them again, it would be
+  another model.
+  """
 
   def one(leaf: LoraTensor) -> jax.Array:
     product = jnp.matmul(leaf.a, leaf.b, precision='highest')
-    total = leaf.base.astype(jnp.float32) + leaf.scale * product
+    base = leaf.base
+    if isinstance(base, QTensor):
+      base = dequantize(base)
+    total = base.astype(jnp.float32) + leaf.scale * product
     return total.astype(leaf.base.dtype)
 
   return _each(one, params)

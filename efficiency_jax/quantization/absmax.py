@@ -29,11 +29,9 @@ import jax
 import jax.numpy as jnp
 
 from efficiency_jax import leaves
+from pallas_kernels.dequant_matmul import formats
 
 Granularity = Literal['tensor', 'channel'] | int
-
-# Below it a scale has no usable reciprocal.
-_SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +129,9 @@ def quantized(
 def _symmetric(groups, bits: int, clip: float, rounded):
   largest = 2 ** (bits - 1) - 1
   # A product, because compilers replace the division by a constant with one.
-  scales = rounded(usable(clip * jnp.abs(groups).max(1) * (1 / largest)))
+  scales = rounded(
+    formats.usable(clip * jnp.abs(groups).max(1) * (1 / largest))
+  )
   q = jnp.round(groups * (1 / scales)[:, None])
   return scales, None, jnp.clip(q, -largest, largest).astype(jnp.int32)
 
@@ -139,14 +139,9 @@ def _symmetric(groups, bits: int, clip: float, rounded):
 def _asymmetric(groups, bits: int, clip: float, rounded):
   low = clip * jnp.minimum(groups.min(1), 0)
   high = clip * jnp.maximum(groups.max(1), 0)
-  scales = rounded(usable((high - low) * (1 / (2**bits - 1))))
+  scales = rounded(formats.usable((high - low) * (1 / (2**bits - 1))))
   least = -(2 ** (bits - 1))
   zeros = least - jnp.round(low / scales)
   q = jnp.round(groups * (1 / scales)[:, None]) + zeros[:, None]
   q = jnp.clip(q, least, -least - 1).astype(jnp.int32)
   return scales, -zeros * scales, q
-
-
-def usable(scales: jax.Array) -> jax.Array:
-  """Scales, 1 in place of those without a reciprocal: of groups of zeros."""
-  return jnp.where(scales < _SMALLEST, 1.0, scales)

@@ -11,11 +11,9 @@ import dataclasses
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from efficiency_jax import leaves
-from efficiency_jax.quantization import absmax
 from pallas_kernels.dequant_matmul import formats
 
 # Sign, two bits of exponent and one of fraction, as bitsandbytes has it: its
@@ -58,22 +56,14 @@ class Codes:
     Raises:
       ValueError: The block does not divide K, or 32 does not.
     """
-    groups = absmax.grouped(matrix, self.block)
-    scales = absmax.usable(jnp.abs(groups).max(1))
-    code = CODES[self.code]
-    q = nearest(groups * (1 / scales)[:, None], code).reshape(matrix.shape)
+    packed = formats.quantize_codes(matrix, CODES[self.code], self.block)
+    scales = packed.scales
     return leaves.check(
       leaves.QTensor(
-        values=leaves.pack(q, 4),
+        values=packed.values,
         scales=formats.quantize_scales(scales) if self.double else scales,
-        codebook=jnp.asarray(code),
+        codebook=packed.codebook,
         bits=4,
         dtype=matrix.dtype,
       )
     )
-
-
-def nearest(values: jax.Array, code: np.ndarray) -> jax.Array:
-  """The place of the nearest number of an increasing table, for every value."""
-  middles = (code[1:] + code[:-1]) / 2
-  return jnp.searchsorted(jnp.asarray(middles), values).astype(jnp.int32)

@@ -13,6 +13,7 @@ import numpy as np
 
 from efficiency_jax import leaves
 from efficiency_jax.quantization import absmax
+from pallas_kernels.dequant_matmul import formats as kernel_formats
 
 
 class Format(NamedTuple):
@@ -163,7 +164,7 @@ class Floats:
     values = matrix
     if self.per is not None:
       groups = absmax.grouped(matrix, self.per)
-      scales = absmax.usable(jnp.abs(groups).max(1) * (1 / fmt.largest))
+      scales = kernel_formats.usable(jnp.abs(groups).max(1) * (1 / fmt.largest))
       values = jnp.clip(
         groups * (1 / scales)[:, None], -fmt.largest, fmt.largest
       ).reshape(matrix.shape)

@@ -12,7 +12,6 @@ A method is a function of one matrix [K, N], as it multiplies from the right.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
-import re
 from typing import Any, Protocol
 
 import jax
@@ -42,7 +41,8 @@ class Method(Protocol):
 Rule = tuple[str, Method | None]
 """A regular expression, searched for in the paths of leaves, and a method.
 
-None leaves a weight as it is. The first rule that matches a path counts.
+None leaves a weight as it is. The first rule that matches a path counts
+(`trees.replace`).
 """
 
 
@@ -127,7 +127,7 @@ def quantize(
   report = Report(
     leaves=tuple(reports),
     num_bytes=trees.count_bytes(quantized),
-    weights=sum(math.prod(leaf.shape) for _, leaf in _named(params)[0]),
+    weights=sum(math.prod(leaf.shape) for _, leaf in trees.whole(params)),
   )
   return quantized, report
 
@@ -144,35 +144,13 @@ def replace(
   Raises:
     ValueError: As `quantize`.
   """
-  rules = list(rules)
-  if not rules:
-    raise ValueError('rules are empty: give at least one.')
-  named, structure = _named(params)
-  chosen = [_rule_for(path, rules) for path, _ in named]
-  for number, (pattern, _) in enumerate(rules):
-    if number not in chosen:
-      raise ValueError(
-        f'rule {pattern!r} applies to nothing: an earlier rule took it or it'
-        f' matches no path; paths are like {named[-1][0]!r}.'
-      )
-  methods = [None if n is None else rules[n][1] for n in chosen]
-  for (path, leaf), method in zip(named, methods, strict=True):
-    if method is not None:
-      _check(path, leaf)
-  new = [
-    leaf if method is None else change(path, leaf, method)
-    for (path, leaf), method in zip(named, methods, strict=True)
-  ]
-  return jax.tree_util.tree_unflatten(structure, new)
 
+  def checked(path, leaf, method):
+    _check(path, leaf)
+    return leaf
 
-def _named(params: Params):
-  """Pairs of path and leaf, typed leaves whole, and the structure."""
-  is_leaf = lambda node: not isinstance(node, Mapping)
-  flat, structure = jax.tree_util.tree_flatten_with_path(
-    params, is_leaf=is_leaf
-  )
-  return [(trees.path_string(p), leaf) for p, leaf in flat], structure
+  trees.replace(params, rules, checked)
+  return trees.replace(params, rules, change)
 
 
 def dequantize(params: Params) -> Params:
@@ -180,13 +158,6 @@ def dequantize(params: Params) -> Params:
   is_leaf = lambda node: isinstance(node, leaves.QTensor)
   one = lambda leaf: leaves.dequantize(leaf) if is_leaf(leaf) else leaf
   return jax.tree.map(one, params, is_leaf=is_leaf)
-
-
-def _rule_for(path: str, rules: Sequence[Rule]) -> int | None:
-  for number, (pattern, _) in enumerate(rules):
-    if re.search(pattern, path):
-      return number
-  return None
 
 
 def _check(path: str, leaf: Any) -> None:

@@ -8,6 +8,7 @@ the model as it was.
 """
 
 from collections.abc import Sequence
+import functools
 import re
 
 import jax
@@ -57,23 +58,31 @@ def quantize(
   new, reports = _quantized(rest, methods, None)
   embed = jax.jit(transformer.embed_fn(config))
   xs = [embed(new, jnp.asarray(batch, jnp.int32)) for batch in batches]
+  # Blocks with the same window are one program, compiled once.
+  first = {}
   for layer, name in enumerate(blocks):
-    run = transformer.block_fn(config, layer)
+    like = first.setdefault(config.window(layer), layer)
+    see, run = _programs(config, like)
     inputs = {}
     if any(getattr(m, 'calibrated', False) for m in methods.values()):
-      see = jax.jit(calibration.captured(run, calibration.inputs))
       total = calibration.total(see(params[name], x) for x in xs)
       inputs = {f'{name}/{path}': of for path, of in total.items()}
     block, more = _quantized({name: params[name]}, methods, inputs)
     reports += more
     new |= block
-    step = jax.jit(run)
-    xs = [step(block[name], x) for x in xs]
+    xs = [run(block[name], x) for x in xs]
   return new, rules.Report(
     leaves=tuple(reports),
     num_bytes=trees.count_bytes(new),
     weights=trees.count_parameters(params),
   )
+
+
+@functools.cache
+def _programs(config: DecoderConfig, layer: int):
+  """What a block multiplies, and what it makes of x; both compiled."""
+  run = transformer.block_fn(config, layer)
+  return jax.jit(calibration.captured(run, calibration.inputs)), jax.jit(run)
 
 
 def _quantized(tree: Params, methods, inputs):

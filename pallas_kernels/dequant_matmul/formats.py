@@ -59,7 +59,7 @@ NF4 = np.asarray(
 NF4_GROUP = 64
 
 # Below it a scale is not a normal float32, and has no usable reciprocal.
-_SMALLEST = float(np.finfo(np.float32).tiny)
+SMALLEST = float(np.finfo(np.float32).tiny)
 _SCALES = 256  # that share a step when they are quantized themselves
 
 
@@ -142,11 +142,20 @@ def quantize_nf4(w: jax.Array, group: int = NF4_GROUP) -> Quantized:
   Where 64 divides K these are the codes and scales that bitsandbytes has for
   the transposed weight, which it cuts into blocks of 64 row by row.
   """
+  return quantize_codes(w, NF4, group)
+
+
+def quantize_codes(w: jax.Array, code: np.ndarray, group: int) -> Quantized:
+  """Nearest of 16 increasing values in -1 .. 1, as `quantize_nf4`."""
   groups, scales = _groups(w, group, 1)
-  middles = (NF4[1:] + NF4[:-1]) / 2
-  codes = jnp.searchsorted(middles, groups * (1 / scales)[:, None])
+  codes = nearest(groups * (1 / scales)[:, None], code)
   packed = pack_int4(codes.reshape(w.shape))
-  return Quantized(packed, scales, jnp.asarray(NF4))
+  return Quantized(packed, scales, jnp.asarray(code))
+
+
+def nearest(values: jax.Array, code: np.ndarray) -> jax.Array:
+  """The place of the nearest number of an increasing table, for every value."""
+  return jnp.searchsorted((code[1:] + code[:-1]) / 2, values)
 
 
 def _nearest_integers(w, group: int, largest: int):
@@ -164,8 +173,12 @@ def _groups(w, group: int, largest: int):
   groups = w.astype(jnp.float32).reshape(rows // group, group, columns)
   # A product, because compilers replace the division by a constant with one,
   # and then a compiled program would round otherwise than single operations.
-  scales = jnp.abs(groups).max(1) * (1 / largest)
-  return groups, jnp.where(scales < _SMALLEST, 1.0, scales)
+  return groups, usable(jnp.abs(groups).max(1) * (1 / largest))
+
+
+def usable(scales: jax.Array) -> jax.Array:
+  """Scales, with 1 for those that have no reciprocal: of zeros, or nearly."""
+  return jnp.where(scales < SMALLEST, 1.0, scales)
 
 
 class QuantizedScales(NamedTuple):
@@ -209,10 +222,8 @@ def quantize_scales(scales: jax.Array) -> QuantizedScales:
   offset = scales.mean()
   rest = (scales.T - offset).reshape(-1)
   padded = jnp.pad(rest, (0, -rest.size % _SCALES)).reshape(-1, _SCALES)
-  steps = jnp.abs(padded).max(1)
-  steps = jnp.where(steps < _SMALLEST, 1.0, steps)
-  middles = (DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / 2
-  codes = jnp.searchsorted(middles, padded * (1 / steps)[:, None])
+  steps = usable(jnp.abs(padded).max(1))
+  codes = nearest(padded * (1 / steps)[:, None], DYNAMIC_MAP)
   codes = codes.astype(jnp.uint8).reshape(-1)[: rest.size]
   return QuantizedScales(codes.reshape(scales.T.shape), steps, offset)
 

@@ -336,7 +336,7 @@ def _quantized(builder, x, p: _Product):
     largest = ll.apply(builder, 'vector.reduce.umax', largest[0])
     largest = builder.bitcast(largest, ll.f32)
     scale = builder.fmul(largest, ll.constant(1 / reference.LARGEST))
-    tiny = builder.fcmp_ordered('<', scale, ll.constant(reference.SMALLEST))
+    tiny = builder.fcmp_ordered('<', scale, ll.constant(formats.SMALLEST))
     scale = builder.select(tiny, ll.constant(1.0), scale)
     ll.store(builder, scale, ll.place(builder, scales, m))
     inverse = builder.fdiv(ll.constant(1.0), scale)

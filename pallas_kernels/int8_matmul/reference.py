@@ -10,15 +10,12 @@ rounded before it is added, and terms are added in the order of the formula.
 import jax
 from jax import lax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import shards
 from pallas_kernels.dequant_matmul import formats
 
 # Symmetric: -128 has no partner and is never produced.
 LARGEST = 127
-# Below it a scale is not a normal float32, and has no usable reciprocal.
-SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 def scales_of(absmax: jax.Array) -> jax.Array:
@@ -28,8 +25,7 @@ def scales_of(absmax: jax.Array) -> jax.Array:
   """
   # A product, because compilers replace the division by a constant with one,
   # and then a compiled program would round otherwise than single operations.
-  scales = absmax.astype(jnp.float32) * (1 / LARGEST)
-  return jnp.where(scales < SMALLEST, 1.0, scales)
+  return formats.usable(absmax.astype(jnp.float32) * (1 / LARGEST))
 
 
 def quantize(x: jax.Array, scales: jax.Array) -> jax.Array:

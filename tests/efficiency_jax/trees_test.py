@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from efficiency_jax import trees
 from tests import fixtures
@@ -53,3 +54,39 @@ def test_casting_leaves_whole_numbers_alone():
     'layers_0/qkv/kernel': jnp.bfloat16,
     'list/0': jnp.bfloat16,
   }
+
+
+def test_the_first_rule_that_matches_a_path_says_what_happens():
+  seen = []
+
+  def change(path, leaf, action):
+    seen.append((path, action))
+    return action
+
+  rules = [('count', None), ('layers_0', 'a'), ('.', 'b')]
+  replaced = trees.replace(_TREE, rules, change)
+  # A typed leaf is one.
+  assert seen == [('head', 'b'), ('layers_0/qkv/kernel', 'a'), ('list', 'b')]
+  assert (
+    replaced['layers_0']['qkv']['count'] is _TREE['layers_0']['qkv']['count']
+  )
+  assert replaced['head'] == 'b'
+  assert [path for path, _ in trees.whole(_TREE)] == [
+    'head',
+    'layers_0/qkv/count',
+    'layers_0/qkv/kernel',
+    'list',
+  ]
+
+
+@pytest.mark.parametrize(
+  ('rules', 'message'),
+  [
+    ([], 'rules are empty'),
+    ([('nothing', 1)], "'nothing' applies to nothing"),
+    ([('.', None), ('head', 1)], 'an earlier rule took it'),
+  ],
+)
+def test_a_rule_that_applies_to_nothing_is_refused(rules, message):
+  with pytest.raises(ValueError, match=message):
+    trees.replace(_TREE, rules, lambda path, leaf, action: leaf)

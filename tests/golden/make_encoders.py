@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tests.golden import files
+
 DIRECTORY = pathlib.Path(__file__).parent / 'encoders'
 # Longer than the farthest distance with a bucket of its own in MPNet (128).
 LENGTHS = (150, 7, 40)
@@ -89,29 +91,16 @@ def _random(rng, name: str, shape) -> np.ndarray:
 
 def read(path: pathlib.Path) -> Golden:
   """Reads what `write` wrote."""
-  import safetensors
-
-  with safetensors.safe_open(path, 'numpy') as file:
-    config = json.loads(file.metadata()['config'])
-    weights = {key: file.get_tensor(key) for key in list(file.keys())}
-  results = (weights.pop(f'golden.{k}') for k in ('tokens', 'mask', 'hidden'))
-  return Golden(config, weights, *results)
+  config, weights, results = files.read(path)
+  return Golden(config, weights, **results)
 
 
 def write(path: pathlib.Path, golden: Golden) -> None:
-  """Writes a model, its texts and their hidden states in one file."""
-  import safetensors.numpy
-
+  """Writes a model, its texts and its results in one file."""
   results = {
-    'golden.tokens': golden.tokens,
-    'golden.mask': golden.mask,
-    'golden.hidden': golden.hidden,
+    name: getattr(golden, name) for name in ('tokens', 'mask', 'hidden')
   }
-  safetensors.numpy.save_file(
-    {**golden.weights, **results},
-    path,
-    metadata={'config': json.dumps(golden.config)},
-  )
+  files.write(path, golden.config, golden.weights, results)
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tests.golden import files
+
 DIRECTORY = pathlib.Path(__file__).parent / 'families'
 # Longer than the windows, and than one block of the cache (128 slots).
 TIME = 150
@@ -139,25 +141,14 @@ def _random(rng, name: str, shape, norm_plus_one: bool) -> np.ndarray:
 
 def read(path: pathlib.Path) -> Golden:
   """Reads what `write` wrote."""
-  import safetensors
-
-  with safetensors.safe_open(path, 'numpy') as file:
-    config = json.loads(file.metadata()['config'])
-    weights = {key: file.get_tensor(key) for key in list(file.keys())}
-  tokens = weights.pop('golden.tokens')
-  return Golden(config, weights, tokens, weights.pop('golden.logits'))
+  config, weights, results = files.read(path)
+  return Golden(config, weights, **results)
 
 
 def write(path: pathlib.Path, golden: Golden) -> None:
-  """Writes a model, its tokens and its logits in one file."""
-  import safetensors.numpy
-
-  results = {'golden.tokens': golden.tokens, 'golden.logits': golden.logits}
-  safetensors.numpy.save_file(
-    {**golden.weights, **results},
-    path,
-    metadata={'config': json.dumps(golden.config)},
-  )
+  """Writes a model, its texts and its results in one file."""
+  results = {name: getattr(golden, name) for name in ('tokens', 'logits')}
+  files.write(path, golden.config, golden.weights, results)
 
 
 def main() -> None:

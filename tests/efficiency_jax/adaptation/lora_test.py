@@ -10,6 +10,7 @@ from efficiency_jax.adaptation import lora
 from efficiency_jax.leaves import LoraTensor
 from efficiency_jax.linear import linear
 from efficiency_jax.models import transformer
+from efficiency_jax.quantization.codebooks import Codes
 from tests import fixtures
 
 _CONFIGS = (fixtures.config(), fixtures.every_option())
@@ -144,7 +145,7 @@ def test_gradients_reach_the_factors_alone_and_are_those_of_the_sum():
 
 def test_what_cannot_be_adapted_is_refused():
   config = fixtures.config()
-  with pytest.raises(ValueError, match="rule 'querys' matches no parameter"):
+  with pytest.raises(ValueError, match="rule 'querys' applies to nothing"):
     _adapted(config, ('/kernel$', 'querys'))
   with pytest.raises(ValueError, match='embedding/table .* is none'):
     _adapted(config, ('embedding',))
@@ -152,6 +153,30 @@ def test_what_cannot_be_adapted_is_refused():
     lora.adapt(
       fixtures.params(config), ['kernel'], 0, 1.0, key=jax.random.key(0)
     )
-  # Once is enough: an adapted kernel is no array.
-  with pytest.raises(ValueError, match='kernel/base .* is none'):
+  with pytest.raises(ValueError, match='qkv/kernel is adapted already'):
     lora.adapt(_adapted(config)[0], ['qkv'], 2, 1.0, key=jax.random.key(0))
+
+
+def test_a_kernel_in_four_bits_can_be_adapted():
+  """No gradient reaches it, and what is trained is merged with what it says."""
+  weight = jax.random.normal(jax.random.key(0), (64, 16))
+  frozen = {'kernel': Codes()(weight)}
+  adapted, _ = lora.adapt(frozen, ['kernel'], 2, 4.0, key=jax.random.key(1))
+  x = jax.random.normal(jax.random.key(2), (3, 64))
+  np.testing.assert_array_equal(
+    linear(x, adapted['kernel']), linear(x, frozen['kernel'])
+  )
+  loss = lambda factors: jnp.sum(
+    linear(x, lora.with_factors(adapted, factors)['kernel']) ** 2
+  )
+  factors = lora.factors(adapted)
+  grads = jax.grad(loss)(factors)
+  moved = jax.tree.map(lambda f, g: f - 1e-3 * g, factors, grads)
+  assert loss(moved) < loss(factors)
+  trained = lora.with_factors(adapted, moved)
+  np.testing.assert_allclose(
+    x @ lora.merge(trained)['kernel'],
+    linear(x, trained['kernel']),
+    rtol=1e-4,
+    atol=1e-4,
+  )

@@ -8,6 +8,7 @@ import pytest
 from efficiency_jax import leaves
 from efficiency_jax.quantization import codebooks
 from efficiency_jax.quantization.codebooks import Codes
+from pallas_kernels.dequant_matmul import formats
 
 pytestmark = pytest.mark.short
 
@@ -45,7 +46,7 @@ def test_fp4_has_the_numbers_of_bitsandbytes():
 def test_the_nearest_code_is_taken(code):
   values = np.random.default_rng(0).uniform(-1.1, 1.1, 1000).astype(np.float32)
   table = codebooks.CODES[code]
-  found = table[np.asarray(codebooks.nearest(jnp.asarray(values), table))]
+  found = table[np.asarray(formats.nearest(jnp.asarray(values), table))]
   best = np.abs(values[:, None] - table).min(1)
   np.testing.assert_allclose(np.abs(values - found), best, atol=1e-7)
 
