@@ -15,6 +15,7 @@ import sys
 import ml_collections
 
 from efficiency_jax.quantization import recipes
+from experiments import claims
 from experiments import display
 from experiments import inputs
 from experiments import launch
@@ -31,7 +32,8 @@ def experiment(
   lm = inputs.load_model(config)
   text = functools.cache(lambda: rows_of.calibration_text(lm, config))
   known = functools.cache(lambda: rows_of.reference(lm, config))
-  methods = (rows_of.BASELINE, *config.methods)
+  chosen = config.methods or tuple(recipes.RECIPES)
+  methods = (rows_of.BASELINE, *chosen)
   rows = []
   for method in display.track(methods, 'quantizing'):
 
@@ -50,9 +52,12 @@ def experiment(
   workdir.write_results(rows)
   table = display.table(rows, shown(rows))
   table.show()
+  held = claims.table(claims.ladder(rows))
+  held.show()
   figure = quantize_figures.perplexity_by_bytes(rows)
   image = workdir.save_figure(figure, 'perplexity_by_bytes')
-  workdir.write_report(f'{table.markdown()}\n\n![ladder]({image.name})\n')
+  parts = (table.markdown(), f'![ladder]({image.name})', held.markdown())
+  workdir.write_report('\n\n'.join(parts))
 
 
 def shown(rows) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""What is learnt: losses of trained drafts as the training step takes them.
+"""What is learnt: losses as the training step takes them.
 
-Their `frozen` argument is what they read of the target: its embedding table,
-its output head, and the draft's vocabulary if it has one.
+The `frozen` argument of those of drafts is what they read of the target: its
+embedding table, its output head, and the draft's vocabulary if it has one.
 """
 
 from typing import Any
@@ -18,6 +18,8 @@ from efficiency_jax.decoding import eagle_training
 from efficiency_jax.decoding import medusa
 from efficiency_jax.decoding import medusa_training
 from efficiency_jax.distillation import losses
+from efficiency_jax.models import encoder
+from efficiency_jax.models.encoder import EncodeFn
 from efficiency_jax.training.step import Loss
 from efficiency_jax.training.step import Metrics
 from efficiency_jax.types import ApplyFn
@@ -186,6 +188,34 @@ def joint(
     }
     metrics = lax.stop_gradient(_numbered(metrics, batch))
     return value + heads_weight * heads_value, metrics
+
+  return loss
+
+
+def classification(encode: EncodeFn) -> Loss:
+  """The logistic loss of two classes by a head on sentence embeddings.
+
+      mean_i log(1 + exp(-s_i (w x_i + b))),    s_i = 1 or -1
+
+  `params` are `encoder`, those of `encode`, and `head`, whose `scores` are the
+  log-odds; a batch has `tokens` and `mask` [B, T] and `positive` [B] bool. Rows
+  without tokens do not count.
+  """
+
+  def loss(params, frozen, batch):
+    del frozen
+    mask = batch['mask']
+    hidden = encode(params['encoder'], batch['tokens'], mask)
+    embeddings = encoder.sentence_embedding(hidden, mask)
+    scores = params['head'].scores(embeddings)
+    real = mask.any(-1)
+    positive = batch['positive']
+    value = jax.nn.softplus(jnp.where(positive, -scores, scores))
+    right = ((scores > 0) == positive).astype(jnp.float32)
+    return losses.mean(value, real), {
+      'accuracy': losses.mean(right, real),
+      'weight': real.sum().astype(jnp.float32),
+    }
 
   return loss
 

@@ -1,4 +1,4 @@
-"""Tests of the losses of trained drafts as the training step takes them."""
+"""Tests of losses as the training step takes them."""
 
 import functools
 
@@ -17,6 +17,9 @@ from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import eagle_training
 from efficiency_jax.decoding import medusa
 from efficiency_jax.decoding import medusa_training
+from efficiency_jax.evaluation import encoders
+from efficiency_jax.io import untrained
+from efficiency_jax.models import encoder
 from efficiency_jax.models import transformer
 from efficiency_jax.training import objectives
 from efficiency_jax.training import optimizers
@@ -294,3 +297,36 @@ def test_joint_training_lowers_the_loss():
     history.append({k: float(v) for k, v in metrics.items()})
   assert history[-1]['loss'] < history[0]['loss'] - 0.1
   assert 0 < history[-1]['original_kl'] < 0.1
+
+
+def test_classification_is_the_logistic_loss_of_real_rows():
+  model = untrained.text_encoder()
+  texts = ['a warm and funny film', 'dull', 'the best of its year']
+  tokens, mask = model.batch(texts, multiple=32)
+  positive = np.array([True, False, True])
+  head = encoders.SentimentHead(
+    jax.random.normal(jax.random.key(0), (64,)), jnp.float32(0.3)
+  )
+  loss = objectives.classification(encoder.apply_fn(model.config))
+  params = {'encoder': model.params, 'head': head}
+  batch = {'tokens': tokens, 'mask': mask, 'positive': positive}
+  value, metrics = loss(params, None, batch)
+
+  scores = np.asarray(head.scores(encoders.embed(model, texts)))
+  signs = np.where(positive, 1, -1)
+  expected = np.log1p(np.exp(-signs * scores)).mean()
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  np.testing.assert_allclose(
+    metrics['accuracy'], ((scores > 0) == positive).mean()
+  )
+  assert metrics['weight'] == 3
+  # A batch that is filled up with rows of zeros.
+  filled = {
+    k: np.concatenate([v, np.zeros((2, *v.shape[1:]), v.dtype)])
+    for k, v in batch.items()
+  }
+  again, metrics = loss(params, None, filled)
+  np.testing.assert_allclose(again, value, rtol=1e-5)
+  assert metrics['weight'] == 3
+  slope = jax.grad(lambda p: loss(p, None, filled)[0])(params)
+  chex.assert_tree_all_finite(slope)

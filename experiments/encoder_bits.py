@@ -1,0 +1,84 @@
+"""Bits of each part of an encoder by the Hessian of its loss (Q-BERT)."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from efficiency_jax import trees
+from efficiency_jax.data import rows as data_rows
+from efficiency_jax.evaluation.encoders import SentimentHead
+from efficiency_jax.io.pretrained_encoder import TextEncoder
+from efficiency_jax.models import encoder as encoder_lib
+from efficiency_jax.quantization import absmax
+from efficiency_jax.quantization import hessian
+from efficiency_jax.quantization import rules
+from efficiency_jax.training import objectives
+
+_GROUP = 64  # weights that share a scale
+
+
+def sensitivities(
+  encoder: TextEncoder, head: SentimentHead, rows: dict[str, Any], settings
+) -> dict[str, float]:
+  """Q-BERT's measure of each half of each layer (`hessian`)."""
+  encode = encoder_lib.apply_fn(encoder.config, 'reference')
+  of = objectives.classification(encode)
+  batches = data_rows.batches(rows, batch_size=settings.batch, seed=0, epochs=1)
+  found = hessian.top_eigenvalues(
+    lambda params, batch: of({'encoder': params, 'head': head}, None, batch)[0],
+    encoder.params,
+    groups(encoder),
+    [batch for batch, _ in zip(batches, range(settings.batches))],
+    iterations=settings.iterations,
+  )
+  return {name: hessian.sensitivity(values) for name, values in found.items()}
+
+
+def groups(encoder: TextEncoder) -> dict[str, str]:
+  """A name and a pattern for each half of each layer."""
+  return {
+    f'layer {layer} {part}': f'layers_{layer}/{part}/.*kernel$'
+    for layer in range(encoder.config.num_layers)
+    for part in ('attention', 'ffn')
+  }
+
+
+def by_bits(encoder: TextEncoder, bits: dict[str, int]):
+  """The kernels of each group in its own number of bits, and their report."""
+  patterns = groups(encoder)
+  params, report = rules.quantize(
+    encoder.params,
+    [
+      (patterns[name], absmax.Integers(bits=few, per=_GROUP))
+      for name, few in bits.items()
+    ],
+  )
+  stored = sum(8 * leaf.num_bytes for leaf in report.leaves)
+  weights = sum(np.prod(leaf.shape) for leaf in report.leaves)
+  return dataclasses.replace(encoder, params=params), float(stored / weights)
+
+
+def allocations(
+  encoder: TextEncoder, found: dict[str, float], settings
+) -> dict[str, dict[str, int]]:
+  """Bits of each group: by the Hessian, against it, and alike for all."""
+  sizes = {
+    name: sum(
+      leaf.size
+      for path, leaf in trees.leaves(encoder.params)
+      if path.startswith(pattern.partition('.*')[0]) and path.endswith('kernel')
+    )
+    for name, pattern in groups(encoder).items()
+  }
+  allowed = {
+    'few': settings.few,
+    'many': settings.many,
+    'mean_bits': settings.mean,
+  }
+  turned = {name: -value for name, value in found.items()}
+  return {
+    'uniform': dict.fromkeys(found, round(settings.mean)),
+    'by Hessian': hessian.allocate(found, sizes, **allowed),
+    'against Hessian': hessian.allocate(turned, sizes, **allowed),
+  }

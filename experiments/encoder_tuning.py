@@ -1,0 +1,170 @@
+"""Fine-tunes an encoder, then rounds it, or trains it on as rounded."""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from efficiency_jax.data import rows as data_rows
+from efficiency_jax.data import sentiment
+from efficiency_jax.data.sentiment import Sentence
+from efficiency_jax.evaluation.encoders import SentimentHead
+from efficiency_jax.io.pretrained_encoder import TextEncoder
+from efficiency_jax.models import encoder as encoder_lib
+from efficiency_jax.quantization import qat
+from efficiency_jax.training import loop
+from efficiency_jax.training import objectives
+from efficiency_jax.training import optimizers
+from efficiency_jax.training import state as states
+from efficiency_jax.training import step as steps
+from experiments import display
+from experiments import encoder_bits
+from experiments import encoder_rows as rows_of
+from experiments import workdir as workdirs
+from experiments.encoder_rows import Row
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tuning:
+  """Fine-tuning with one seed: what is trained is trained when it is needed."""
+
+  encoder: TextEncoder
+  head: SentimentHead
+  data: sentiment.Splits
+  config: ml_collections.ConfigDict
+  seed: int
+  workdir: workdirs.Workdir
+
+  @functools.cached_property
+  def sentences(self) -> Row:
+    """Drawn by the seed."""
+    order = np.random.default_rng(self.seed).permutation(len(self.data.train))
+    chosen = [self.data.train[n] for n in order[: self.config.sentences]]
+    return arrays(self.encoder, chosen, self.config.length)
+
+  def trained(self, params, epoch: int):
+    """One more epoch."""
+    seed = 1000 * epoch + self.seed
+    return train(self.encoder, params, self.sentences, self.config, seed)
+
+  @functools.cached_property
+  def begun(self):
+    """After one epoch, in floats: what float and rounded training share."""
+    start = {'encoder': self.encoder.params, 'head': self.head}
+    return self.trained(start, 0)
+
+  @functools.cached_property
+  def whole(self):
+    """After two epochs in floats."""
+    return self.trained(self.begun, 1)
+
+  def as_rounded(self, method: str):
+    """After one epoch in floats and one as rounded, stored."""
+    chosen = rows_of.rules_for(self.encoder, method)
+    fake = qat.prepare(self.begun['encoder'], chosen)
+    params = self.trained({**self.begun, 'encoder': fake}, 1)
+    return {**params, 'encoder': qat.freeze(params['encoder'])}
+
+  def rounded(self, method: str):
+    """Two epochs in floats, rounded afterwards."""
+    stored, _ = rows_of.store(self.model(self.whole), method)
+    return {**self.whole, 'encoder': stored.params}
+
+  def model(self, params) -> TextEncoder:
+    """The encoder with trained parameters."""
+    return dataclasses.replace(self.encoder, params=params['encoder'])
+
+  def rows(self) -> list[Row]:
+    """The fine-tuned model, and each method after and within training."""
+    made = {'fine-tuned': lambda: self.whole}
+    for method in self.config.trained_methods:
+      made[f'{method}, rounded'] = functools.partial(self.rounded, method)
+      made[f'{method}, trained'] = functools.partial(self.as_rounded, method)
+    return [self._row(name, params) for name, params in made.items()]
+
+  def bits_by_layer(self):
+    """The sensitivity of each part, and a row a way to share bits out."""
+    keys = ('uniform', 'by Hessian', 'against Hessian')
+    names = [f'{key} {self.config.hessian.mean:g} bits' for key in keys]
+    found = self.workdir.row('sensitivities', self._sensitivities)
+    shares = encoder_bits.allocations(self.encoder, found, self.config.hessian)
+    rows = []
+    for key, name in zip(keys, names, strict=True):
+
+      def make(key=key, name=name):
+        stored, bits = encoder_bits.by_bits(self.model(self.whole), shares[key])
+        row = rows_of.measure(stored, self.whole['head'], self.data.test)
+        return {'method': name, 'bits': bits, 'shares': shares[key], **row}
+
+      rows.append(self.workdir.row(name, make))
+    return found, rows
+
+  def _sensitivities(self) -> dict[str, float]:
+    return encoder_bits.sensitivities(
+      *(self.model(self.whole), self.whole['head'], self.sentences),
+      self.config.hessian,
+    )
+
+  def _row(self, name: str, params) -> Row:
+    def make():
+      of = params()
+      row = rows_of.measure(self.model(of), of['head'], self.data.test)
+      return {'method': name, 'seed': self.seed, **row}
+
+    return self.workdir.row(f'{name}, seed {self.seed}', make)
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+  """Means over the seeds, with standard deviations of single runs."""
+  found = []
+  for method in dict.fromkeys(row['method'] for row in rows):
+    some = [row for row in rows if row['method'] == method]
+    accuracy = np.array([row['accuracy'] for row in some])
+    found.append(
+      {
+        'method': method,
+        'seeds': len(some),
+        'accuracy': float(accuracy.mean()),
+        'deviation': float(accuracy.std(ddof=len(some) > 1)),
+        'loss': float(np.mean([row['loss'] for row in some])),
+      }
+    )
+  return found
+
+
+def arrays(encoder: TextEncoder, of: Sequence[Sentence], length: int) -> Row:
+  """Sentences as rows for `objectives.classification`, cut to `length`."""
+  cut = dataclasses.replace(encoder, max_length=length)
+  tokens, mask = cut.batch([s.text for s in of], multiple=length)
+  return {'tokens': tokens, 'mask': mask, 'positive': rows_of.labels(of)}
+
+
+def train(encoder: TextEncoder, params: Row, rows: Row, config, seed: int):
+  """One epoch over the rows: `encoder` and `head` of `params`, trained."""
+  total = -(-len(rows['tokens']) // config.batch)
+  optimizer = optimizers.make(
+    optimizers.OptimizerConfig(
+      learning_rate=config.learning_rate,
+      steps=total,
+      warmup_steps=total // 10,
+      weight_decay=0.01,
+      beta2=0.999,
+    )
+  )
+  loss = objectives.classification(encoder_lib.apply_fn(encoder.config))
+  update = jax.jit(steps.make_step(loss, optimizer), donate_argnums=0)
+  # The first state is given away to the step.
+  state = states.create(jax.tree.map(jnp.array, params), optimizer)
+  batches = data_rows.batches(
+    rows, batch_size=config.batch, seed=seed, epochs=1
+  )
+  plan = loop.Plan(
+    steps=total, tokens_per_step=config.batch * rows['tokens'].shape[1]
+  )
+  with display.steps(total) as report:
+    state = loop.fit(update, state, None, iter(batches), plan, report=report)
+  return state.params

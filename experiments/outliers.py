@@ -1,0 +1,117 @@
+"""Shows outlying activations of a model, and what they cost and save.
+
+    python -m experiments.outliers --config=configs/outliers_smollm2.py \\
+      --workdir=runs/outliers
+
+A row a kind of product: how many of its columns reach the threshold and which
+dimensions do everywhere. A row a threshold: perplexity when the columns that
+reach it are kept in floats. Two figures: a map of the outliers, and the errors
+of one matrix by method.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import sys
+
+import ml_collections
+import numpy as np
+
+from efficiency_jax.leaves import Activation
+from efficiency_jax.models import transformer
+from efficiency_jax.quantization import outlier_features
+from efficiency_jax.quantization import recipes
+from efficiency_jax.quantization import rules
+from efficiency_jax.quantization.absmax import Integers
+from experiments import display
+from experiments import inputs
+from experiments import launch
+from experiments import outlier_figures
+from experiments import quantize_rows
+from experiments import workdir as workdirs
+
+_SHOWN = ('method', 'share_of_columns', 'perplexity', 'perplexity_ratio', 'kl')
+
+
+def experiment(
+  config: ml_collections.ConfigDict, workdir: workdirs.Workdir
+) -> None:
+  """Looks at activations, sweeps the threshold, and draws errors."""
+  for method in config.methods:
+    recipes.named(method)
+  lm = inputs.load_model(config)
+  kernel = f'layers_{config.layer}/ffn/gate_up/kernel'
+  weights = outlier_figures.matrix(lm.params, kernel)
+  known = quantize_rows.reference(lm, config)
+  found = features(lm, known.windows, config)
+  kinds = [kind_row(kind, one, config) for kind, one in found.items()]
+  sweep = []
+  for threshold in display.track(config.thresholds, 'thresholds'):
+    name = f'threshold {threshold:g}'
+    make = lambda t=threshold: threshold_row(lm, known, found, t, config)
+    sweep.append(workdir.row(name, lambda n=name, m=make: {'method': n} | m()))
+    workdir.log(sweep[-1])
+  workdir.write_results(kinds + sweep)
+  tables = [display.table(kinds), display.table(sweep, _SHOWN)]
+  for table in tables:
+    table.show()
+  shown = outlier_figures.outlier_map(found, config)
+  drawn = outlier_figures.errors(weights, config.methods, kernel)
+  images = [
+    workdir.save_figure(shown, 'outlier_map'),
+    workdir.save_figure(drawn, 'errors'),
+  ]
+  parts = [table.markdown() for table in tables]
+  parts += [f'![{image.stem}]({image.name})' for image in images]
+  workdir.write_report('\n\n'.join(parts))
+
+
+def features(lm, windows, config) -> dict[str, outlier_features.Features]:
+  """Activations of the very windows that perplexity is measured on."""
+  batches = zip(
+    *(
+      np.array_split(windows[name], -(-len(windows[name]) // config.batch))
+      for name in ('tokens', 'segments')
+    ),
+    strict=True,
+  )
+  apply = transformer.apply_fn(lm.config)
+  return outlier_features.observe(apply, lm.params, batches, config.threshold)
+
+
+def kind_row(
+  kind: str, found: outlier_features.Features, config
+) -> workdirs.Row:
+  """What a kind of product multiplies."""
+  outliers = found.outliers(config.layers_share, config.tokens_share)
+  return {
+    'method': kind,
+    'columns': found.share.shape[1],
+    'reached_in_a_layer': found.columns,
+    'outlier_features': len(outliers),
+    'which': ' '.join(map(str, outliers[:8])) or '-',
+    'share_of_numbers': float(found.share.mean()),
+    'largest': float(found.largest.max()),
+    'largest_in_layer': int(found.largest.max(1).argmax()),
+  }
+
+
+def threshold_row(lm, known, found, threshold: float, config) -> workdirs.Row:
+  """Perplexity of LLM.int8() with one threshold; inf is vector-wise int8."""
+  how = Activation(threshold=threshold, max_outliers=config.most)
+  method = Integers(bits=8, activation=how)
+  params, _ = rules.quantize(lm.params, recipes.every(method))
+  row = quantize_rows.measure_quality(
+    dataclasses.replace(lm, params=params), known, config
+  )
+  columns = np.concatenate([one.largest.reshape(-1) for one in found.values()])
+  share = float((columns >= threshold).mean())
+  return {'baseline': 'float32', 'share_of_columns': share, **row}
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the experiment from a command line."""
+  launch.run('outliers', experiment, argv)
+
+
+if __name__ == '__main__':
+  main(sys.argv)

@@ -1,0 +1,112 @@
+"""Stores a text encoder in fewer bits, and measures what that costs.
+
+    python -m experiments.quantize_encoder \\
+      --config=configs/quantize_encoder.py --workdir=runs/quantize_encoder
+
+A row a way to store it as released; GOBO's clustering beside k-means; a row a
+fine-tuned model and seed, rounded after training and trained as rounded; and a
+row a way to share bits out among layers.
+"""
+
+from collections.abc import Sequence
+import sys
+
+import ml_collections
+
+from efficiency_jax.evaluation import encoders
+from efficiency_jax.io import pretrained_encoder
+from efficiency_jax.io import untrained
+from efficiency_jax.quantization import recipes
+from experiments import claims
+from experiments import display
+from experiments import encoder_figures
+from experiments import encoder_rows as rows_of
+from experiments import encoder_tuning
+from experiments import launch
+from experiments import workdir as workdirs
+
+
+def experiment(
+  config: ml_collections.ConfigDict, workdir: workdirs.Workdir
+) -> None:
+  """Measures the encoder as released, fine-tuned, and by layers."""
+  check(config)
+  if config.model == 'untrained':
+    encoder = untrained.text_encoder()
+  else:
+    encoder = pretrained_encoder.load(config.model)
+  data = rows_of.sentences(config)
+  fitted = data.train[: config.fit or None]
+  head = encoders.fit_head(
+    rows_of.embed(encoder, fitted), rows_of.labels(fitted)
+  )
+  known = rows_of.embed(encoder, data.test)
+  parts = {'released': []}
+  for method in display.track((rows_of.BASELINE, *config.methods), 'storing'):
+
+    def make(method=method):
+      stored, size = rows_of.store(encoder, method)
+      row = rows_of.measure(stored, head, data.test, known)
+      return {'method': method, 'baseline': rows_of.BASELINE} | size | row
+
+    parts['released'].append(workdir.row(method, make))
+  parts['clusterings'] = [
+    row
+    for bits in config.kmeans
+    for row in rows_of.clusterings(encoder.params, bits)
+  ]
+  parts['tuned'], parts['shared'], sensitivities = [], [], {}
+  for seed in range(config.seed, config.seed + config.seeds):
+    run = encoder_tuning.Tuning(encoder, head, data, config, seed, workdir)
+    parts['tuned'] += run.rows()
+    if seed == config.seed:
+      sensitivities, parts['shared'] = run.bits_by_layer()
+  workdir.write_results([row for rows in parts.values() for row in rows])
+  parts['tuned'] = encoder_tuning.summary(parts['tuned'])
+  parts['claims'] = claims.encoder(**parts)
+  report(parts, sensitivities, workdir)
+
+
+def report(parts, sensitivities, workdir: workdirs.Workdir) -> None:
+  """Tables and figures, on the screen and in the folder."""
+  texts = []
+  for rows in parts.values():
+    if rows:
+      shown = [{k: v for k, v in r.items() if k != 'shares'} for r in rows]
+      table = display.table(shown)
+      table.show()
+      texts.append(table.markdown())
+  figures = {'accuracy': encoder_figures.accuracy(parts['released'])}
+  if parts['tuned']:
+    bits = parts['shared'][1]['shares']
+    figures['training'] = encoder_figures.training(parts['tuned'])
+    figures['hessian'] = encoder_figures.sensitivities(sensitivities, bits)
+  for name, figure in figures.items():
+    image = workdir.save_figure(figure, name)
+    texts.append(f'![{name}]({image.name})')
+  workdir.write_report('\n\n'.join(texts))
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Finds what is wrong with a config before anything is loaded."""
+  for method in (*config.methods, *config.trained_methods):
+    if recipes.needs_text(method):
+      raise ValueError(
+        f'{method!r} is calibrated on text, which is for decoders: take a'
+        ' recipe that is not.'
+      )
+  for field in ('sentences', 'length', 'batch'):
+    if config[field] < 1:
+      raise ValueError(f'--config.{field} must be >= 1, got {config[field]}.')
+  for field in ('seeds', 'fit'):
+    if config[field] < 0:
+      raise ValueError(f'--config.{field} must be >= 0, got {config[field]}.')
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the experiment from a command line."""
+  launch.run('quantize_encoder', experiment, argv)
+
+
+if __name__ == '__main__':
+  main(sys.argv)
