@@ -25,6 +25,7 @@ import zlib
 
 from efficiency_jax.io import encoder_assets
 from efficiency_jax.io import errors
+from efficiency_jax.io import image_assets
 from efficiency_jax.io import task_assets
 from efficiency_jax.io.asset import Asset
 from efficiency_jax.io.asset import Member
@@ -157,6 +158,8 @@ ASSETS: Mapping[str, Asset] = types.MappingProxyType(
       ),
       encoder_assets.MINILM_L6,
       encoder_assets.MPNET_BASE,
+      image_assets.FASHION_MNIST,
+      image_assets.MNIST_10K,
       *task_assets.TASKS,
     )
   }

@@ -11,6 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from efficiency_jax.adaptation import lora
+from efficiency_jax.binarization import networks
 from efficiency_jax.decoding import draft_model
 from efficiency_jax.decoding import draft_model_training
 from efficiency_jax.decoding import eagle
@@ -216,6 +217,30 @@ def classification(encode: EncodeFn) -> Loss:
       'accuracy': losses.mean(right, real),
       'weight': real.sum().astype(jnp.float32),
     }
+
+  return loss
+
+
+def binarized(config: networks.Config, seed: int = 0) -> Loss:
+  """Squared hinge loss of a network for images (arXiv 1602.02830, section 2.1).
+
+      mean over images and classes of max(0, 1 - t s)^2
+
+  with scores s and targets t, 1 for the class of the image and -1 for others.
+  A batch has `pixels` uint8 [B, H, W, C] and `labels` int32 [B]. It is
+  normalized by itself; what training draws, it draws by `seed` and `step`.
+  """
+
+  def loss(params, frozen, batch):
+    del frozen
+    key = None
+    if 'step' in batch:
+      key = jax.random.fold_in(jax.random.key(seed), batch['step'])
+    scores = networks.apply(config, params, batch['pixels'], key=key).scores
+    targets = 2 * jax.nn.one_hot(batch['labels'], config.classes) - 1
+    hinge = jnp.maximum(0, 1 - targets * scores)
+    wrong = scores.argmax(-1) != batch['labels']
+    return (hinge**2).mean(), {'error': wrong.astype(jnp.float32).mean()}
 
   return loss
 

@@ -40,6 +40,10 @@ def make_step(
 ) -> Step:
   """The step `(state, frozen, batch) -> (state, metrics)`, not yet compiled.
 
+  A loss that draws numbers finds in `batch['step']` a [] int32 that counts the
+  parts of batches of the whole run, to fold into its key. In evaluation there
+  is none.
+
   Args:
     loss: What is minimized.
     optimizer: Turns gradients into updates.
@@ -77,10 +81,12 @@ def make_step(
 
   def step(state, frozen, batch):
     frozen = narrow(frozen)
+    count = accumulation * state.step
     if accumulation == 1:
-      grads, metrics = gradient(state.params, frozen, batch)
+      grads, metrics = gradient(state.params, frozen, {**batch, 'step': count})
     else:
-      parts = jax.tree.map(lambda x: _in_parts(x, accumulation), batch)
+      parts = jax.tree.map(lambda x: _in_parts(x, accumulation), dict(batch))
+      parts['step'] = count + jnp.arange(accumulation)
       body = lambda total, part: (
         jax.tree.map(jnp.add, total, weighed(state.params, frozen, part)),
         None,

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from efficiency_jax.adaptation import lora
+from efficiency_jax.binarization import networks
 from efficiency_jax.decoding import draft_model
 from efficiency_jax.decoding import draft_model_training
 from efficiency_jax.decoding import draft_vocabulary
@@ -330,3 +331,45 @@ def test_classification_is_the_logistic_loss_of_real_rows():
   assert metrics['weight'] == 3
   slope = jax.grad(lambda p: loss(p, None, filled)[0])(params)
   chex.assert_tree_all_finite(slope)
+
+
+def _images(rows=12):
+  config = networks.Config(
+    image=(4, 4, 1),
+    hidden=(16,),
+    classes=3,
+    activations='stochastic',
+    dropout=(0.0, 0.3),
+  )
+  rng = np.random.default_rng(0)
+  batch = {
+    'pixels': rng.integers(0, 256, (rows, 4, 4, 1), np.uint8),
+    'labels': rng.integers(0, 3, rows).astype(np.int32),
+  }
+  return config, networks.init(config, jax.random.key(0)), batch
+
+
+def test_binarized_is_the_squared_hinge_loss():
+  config, params, batch = _images()
+  value, metrics = objectives.binarized(config)(params, None, batch)
+  scores = np.asarray(networks.apply(config, params, batch['pixels']).scores)
+  expected = 0.0
+  for row, label in zip(scores, batch['labels'], strict=True):
+    for place, score in enumerate(row):
+      target = 1 if place == label else -1
+      expected += max(0.0, 1 - target * score) ** 2
+  np.testing.assert_allclose(value, expected / scores.size, rtol=1e-5)
+  np.testing.assert_allclose(
+    metrics['error'], (scores.argmax(1) != batch['labels']).mean()
+  )
+
+
+def test_binarized_draws_by_seed_and_step():
+  config, params, batch = _images()
+  draw = lambda seed, step: float(
+    objectives.binarized(config, seed)(
+      params, None, {**batch, 'step': jnp.int32(step)}
+    )[0]
+  )
+  assert draw(0, 0) == draw(0, 0)
+  assert len({draw(0, 0), draw(0, 1), draw(1, 0)}) == 3

@@ -110,3 +110,26 @@ def test_the_evaluation_is_the_loss():
   params, frozen, batch = _problem()
   metrics = steps.make_evaluation(_loss)(params, frozen, batch)
   np.testing.assert_allclose(metrics['loss'], _loss(params, frozen, batch)[0])
+
+
+@pytest.mark.parametrize('parts', [1, 3])
+def test_a_loss_is_told_which_part_of_the_run_it_sees(parts):
+  params, frozen, batch = _problem()
+
+  def loss(params, frozen, batch):
+    value, _ = _loss(params, frozen, batch)
+    step = batch['step'].astype(jnp.float32)
+    return value, {'step': step, 'square': step**2}
+
+  optimizer = optax.sgd(0.1)
+  update = jax.jit(steps.make_step(loss, optimizer, accumulation=parts))
+  state, seen = train_state.create(params, optimizer), []
+  for _ in range(2):
+    state, metrics = update(state, frozen, batch)
+    seen.append(metrics)
+  for number, metrics in enumerate(seen):
+    of = np.arange(parts) + number * parts
+    np.testing.assert_allclose(metrics['step'], of.mean())
+    np.testing.assert_allclose(metrics['square'], (of**2).mean())
+  with pytest.raises(KeyError):
+    steps.make_evaluation(loss)(params, frozen, batch)

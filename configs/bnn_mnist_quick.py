@@ -1,0 +1,20 @@
+"""Float, BinaryConnect and BNN on digits, one seed: configs/train_bnn.py.
+
+    python -m experiments.train_bnn --config=configs/bnn_mnist_quick.py \
+      --workdir=runs/bnn_mnist_quick
+
+Two CPU cores, under 8 minutes.
+"""
+
+import ml_collections
+
+from configs import train_bnn
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The settings."""
+  config = train_bnn.get_config()
+  config.methods = ('float', 'BinaryConnect', 'BNN')
+  config.epochs = 30
+  config.seeds = 1
+  return config

@@ -1,0 +1,1 @@
+"""One bit: binary layers and their straight-through gradients."""

@@ -1,0 +1,211 @@
+"""What `train_bnn` trains and measures of one method and seed."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from efficiency_jax import trees
+from efficiency_jax.binarization import folding
+from efficiency_jax.binarization import latent
+from efficiency_jax.binarization import networks
+from efficiency_jax.data import images
+from efficiency_jax.data import rows as data_rows
+from efficiency_jax.data.images import Images
+from efficiency_jax.evaluation import speed
+from efficiency_jax.training import loop
+from efficiency_jax.training import objectives
+from efficiency_jax.training import state as states
+from efficiency_jax.training import step as steps
+from efficiency_jax.types import Params
+from experiments import bnn_methods
+from experiments import display
+
+_BATCH = 500  # images at a time where nothing is trained
+
+Row = dict[str, Any]
+
+
+def load(config) -> images.Splits:
+  """The images of a config."""
+  if config.data == 'generated':
+    return _generated(config.seed)
+  if config.folder:
+    return images.load_folder(config.data, config.folder, config.seed)
+  return images.load(config.data, config.seed)
+
+
+@dataclasses.dataclass
+class Best:
+  """What was best by validation so far, and the error after every epoch."""
+
+  error: float = math.inf
+  epoch: int = 0
+  params: Params | None = None
+  curve: list[float] = dataclasses.field(default_factory=list)
+
+
+def train(
+  network: networks.Config,
+  data: images.Splits,
+  config,
+  seed: int,
+  clipped: bool,
+) -> Best:
+  """Trains a network, and keeps the parameters of the best epoch."""
+  size = config.batch
+  each = len(data.train.labels) // size
+  if not each:
+    raise ValueError(
+      f'--config.batch={size} is more than the {len(data.train.labels)} images.'
+    )
+  rows = {
+    'pixels': data.train.pixels[: each * size],
+    'labels': data.train.labels[: each * size],
+  }
+  optimizer = _optimizer(network, config, each * config.epochs, clipped)
+  loss = objectives.binarized(network, seed)
+  params = networks.init(network, jax.random.key(seed))
+  best = Best()
+
+  def evaluate(params, frozen):
+    del frozen
+    error = wrong(network, params, data.train, data.validation)
+    best.curve.append(error)
+    if error < best.error:
+      # The step will write over these.
+      best.params = jax.tree.map(jnp.array, params)
+      best.error, best.epoch = error, len(best.curve)
+    return {'loss': error}
+
+  plan = loop.Plan(steps=each * config.epochs, evaluate_every=each)
+  update = jax.jit(steps.make_step(loss, optimizer), donate_argnums=0)
+  batches = data_rows.batches(
+    rows, batch_size=size, seed=seed, epochs=config.epochs
+  )
+  with display.steps(plan.steps) as report:
+    loop.fit(
+      *(update, states.create(params, optimizer), None, iter(batches), plan),
+      evaluate=evaluate,
+      report=report,
+    )
+  return best
+
+
+def _optimizer(network, config, total: int, clipped: bool):
+  """Adam; binary weights move by their fans and stay within [-1, 1]."""
+  rate = optax.exponential_decay(
+    config.learning_rate,
+    total,
+    config.last_learning_rate / config.learning_rate,
+  )
+  binary = network.weights != 'float'
+  return optax.chain(
+    optax.scale_by_adam(),
+    latent.scale_by_fans() if binary else optax.identity(),
+    optax.scale_by_learning_rate(rate),
+    latent.clip() if binary and clipped else optax.identity(),
+  )
+
+
+def statistics(network: networks.Config, params: Params, train_set: Images):
+  """Of the training images, a share of them where there are many."""
+  pixels = train_set.pixels[: 20 * _BATCH]
+  size = min(_BATCH, len(pixels))
+  return networks.statistics(
+    network,
+    params,
+    [pixels[n : n + size] for n in range(0, len(pixels) - size + 1, size)],
+  )
+
+
+def predictions(run, of: Images) -> np.ndarray:
+  """The class with the highest score of every image."""
+  size = min(_BATCH, len(of.labels))
+  found = []
+  for start in range(0, len(of.labels), size):
+    batch = of.pixels[start : start + size]
+    missing = size - len(batch)
+    filled = np.pad(batch, [(0, missing)] + [(0, 0)] * 3)
+    found.append(np.asarray(run(filled).argmax(-1))[: len(batch)])
+  return np.concatenate(found)
+
+
+def wrong(network, params, train_set: Images, of: Images) -> float:
+  """The share of images whose class is not the right one."""
+  seen = statistics(network, params, train_set)
+  run = lambda pixels: networks.apply(network, params, pixels, seen).scores
+  return float((predictions(run, of) != of.labels).mean())
+
+
+def measure(
+  method: str, seed: int, data: images.Splits, config
+) -> tuple[Row, Params]:
+  """Trains by a method, and measures what it would be used as."""
+  network = bnn_methods.network(method, data.train.pixels.shape[1:], config)
+  best = train(network, data, config, seed, bnn_methods.named(method).clipped)
+  seen = statistics(network, best.params, data.train)
+  run = lambda pixels: networks.apply(network, best.params, pixels, seen).scores
+  found = predictions(run, data.test)
+  row = {
+    'method': method,
+    'seed': seed,
+    'test_error': 100 * float((found != data.test.labels).mean()),
+    'validation_error': 100 * best.error,
+    'best_epoch': best.epoch,
+    'curve': [100 * error for error in best.curve],
+    'bytes': _bytes(network, best.params),
+  }
+  if _signs(network):
+    folded = folding.fold(network, best.params, seen)
+    run = functools.partial(folding.apply, network, folded)
+    everything = (
+      (predictions(run, of), predictions(plain, of))
+      for of in (data.train, data.validation, data.test)
+      for plain in [lambda p: networks.apply(network, best.params, p, seen)[0]]
+    )
+    row['folded_matches'] = all((a == b).all() for a, b in everything)
+    row['bytes'] = trees.count_bytes(folded)
+  for size in (1, 100):
+    pixels = jnp.asarray(np.resize(data.test.pixels, (size, *network.image)))
+    timing = speed.measure(run, pixels, repeats=config.repeats)
+    row[f'milliseconds_batch_{size}'] = 1000 * timing.median_seconds
+  return row, best.params
+
+
+def _signs(network: networks.Config) -> bool:
+  return (
+    network.weights == 'sign'
+    and network.activations != 'relu'
+    and (not network.real_ends)
+  )
+
+
+def _bytes(network: networks.Config, params: Params) -> int:
+  """A bit a binary weight, two a ternary one, and four bytes a real number."""
+  bits = {'float': 32, 'ternary': 2}.get(network.weights, 1)
+  total = 0
+  for layer, leaf in enumerate(params.values()):
+    ends = layer in (0, len(params) - 1) and network.real_ends
+    total += leaf['kernel'].size * (32 if ends else bits) // 8
+    total += leaf['scale'].nbytes + leaf['bias'].nbytes
+  return total
+
+
+def _generated(seed: int) -> images.Splits:
+  """Four patterns under noise, 8 x 8."""
+  rng = np.random.default_rng(seed)
+  patterns = rng.uniform(0, 255, (4, 8, 8, 1))
+
+  def some(count):
+    labels = rng.integers(0, 4, count).astype(np.int32)
+    noise = rng.normal(0, 60, (count, 8, 8, 1))
+    pixels = np.clip(patterns[labels] + noise, 0, 255).astype(np.uint8)
+    return Images(pixels, labels)
+
+  return images.Splits(train=some(400), validation=some(100), test=some(200))

@@ -1,0 +1,111 @@
+"""Trains binarized networks beside float ones, and folds them to bits.
+
+    python -m experiments.train_bnn --config=configs/train_bnn.py \\
+      --workdir=runs/train_bnn
+
+A row a method and seed: errors, bytes as used, whether the folded network
+predicts the same for every image there is, and milliseconds. Figures: error by
+epoch, latent weights, filters of the first layer.
+"""
+
+from collections.abc import Sequence
+import sys
+
+import ml_collections
+import numpy as np
+
+from experiments import bnn_figures
+from experiments import bnn_methods
+from experiments import bnn_rows as rows_of
+from experiments import display
+from experiments import launch
+from experiments import workdir as workdirs
+
+_COLUMNS = {
+  'method': 'method',
+  'seeds': 'seeds',
+  'test_error': 'test error, %',
+  'deviation': '+-',
+  'validation_error': 'validation error, %',
+  'bytes': 'bytes',
+  'folded_matches': 'folded is equal',
+  'milliseconds_batch_1': 'ms, 1 image',
+  'milliseconds_batch_100': 'ms, 100 images',
+}
+
+
+def experiment(
+  config: ml_collections.ConfigDict, workdir: workdirs.Workdir
+) -> None:
+  """Trains every method with every seed."""
+  check(config)
+  data = rows_of.load(config)
+  rows, trained = [], {}
+  for method in config.methods:
+    for seed in range(config.seed, config.seed + config.seeds):
+
+      def make(method=method, seed=seed):
+        row, trained[method] = rows_of.measure(method, seed, data, config)
+        return row
+
+      rows.append(workdir.row(f'{method}, seed {seed}', make))
+      workdir.log({k: v for k, v in rows[-1].items() if k != 'curve'})
+  workdir.write_results(rows)
+  table = display.table(summary(rows), _COLUMNS)
+  table.show()
+  texts = [table.markdown()]
+  figures = {'errors': bnn_figures.errors(rows)}
+  for method, params in trained.items():
+    # A continued run draws those that it trained itself.
+    figures[f'weights of {method}'] = bnn_figures.weights(
+      method, params, data.train.pixels.shape[1:]
+    )
+  for name, figure in figures.items():
+    image = workdir.save_figure(figure, name.replace(' ', '_').replace(',', ''))
+    texts.append(f'![{name}]({image.name})')
+  workdir.write_report('\n\n'.join(texts))
+
+
+def summary(rows: Sequence[rows_of.Row]) -> list[rows_of.Row]:
+  """Means over the seeds; errors with the deviation of single runs."""
+  found = []
+  for method in dict.fromkeys(row['method'] for row in rows):
+    some = [row for row in rows if row['method'] == method]
+    mean = lambda field, some=some: float(np.mean([row[field] for row in some]))
+    errors = [row['test_error'] for row in some]
+    row = {
+      'method': method,
+      'seeds': len(some),
+      'deviation': float(np.std(errors, ddof=1)) if len(some) > 1 else None,
+      'bytes': some[0]['bytes'],
+    }
+    for field in _COLUMNS:
+      if field.endswith('_error') or field.startswith('milliseconds'):
+        row[field] = mean(field)
+    if 'folded_matches' in some[0]:
+      row['folded_matches'] = all(one['folded_matches'] for one in some)
+    found.append(row)
+  return found
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Finds what is wrong with a config before anything is loaded."""
+  for method in config.methods:
+    bnn_methods.named(method)
+  for field in ('epochs', 'batch', 'seeds', 'repeats'):
+    if config[field] < 1:
+      raise ValueError(f'--config.{field} must be >= 1, got {config[field]}.')
+  if not 0 < config.last_learning_rate <= config.learning_rate:
+    raise ValueError(
+      '--config.last_learning_rate must be above 0 and at most'
+      f' {config.learning_rate}, got {config.last_learning_rate}.'
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the experiment from a command line."""
+  launch.run('train_bnn', experiment, argv)
+
+
+if __name__ == '__main__':
+  main(sys.argv)

@@ -1,0 +1,114 @@
+"""Binarized networks on generated images: rows, figures, and mistakes."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from configs import bnn_mnist_quick
+from configs import train_bnn as configs
+from experiments import bnn_methods
+from experiments import bnn_rows
+from experiments import train_bnn
+
+CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
+
+
+def _run(workdir, *flags):
+  train_bnn.main(
+    [
+      'train_bnn',
+      f'--config={CONFIGS / "train_bnn.py"}:tiny',
+      f'--workdir={workdir}',
+      '--nocompilation_cache',
+      *flags,
+    ]
+  )
+
+
+def test_networks_learn_and_fold(tmp_path):
+  _run(tmp_path / 'run', '--config.methods=("float", "BNN")')
+  rows = json.loads((tmp_path / 'run/results.json').read_text())['rows']
+  real, binary = rows
+  for row in rows:
+    # Of four patterns; by chance three quarters are wrong.
+    assert row['test_error'] < 30
+    assert len(row['curve']) == 10
+    assert row['validation_error'] == min(row['curve'])
+    assert row['milliseconds_batch_1'] > 0
+  assert binary['folded_matches'] is True
+  assert 'folded_matches' not in real
+  assert binary['bytes'] < real['bytes'] / 12
+  report = (tmp_path / 'run/report.md').read_text()
+  for name in ('errors.png', 'weights_of_float.png', 'weights_of_BNN.png'):
+    assert name in report
+    assert (tmp_path / 'run' / name).stat().st_size > 5_000
+
+
+def test_latent_weights_stay_clipped_where_they_should():
+  config = configs.get_config('tiny')
+  config.epochs = 2
+  data = bnn_rows.load(config)
+  network = bnn_methods.network('BNN', (8, 8, 1), config)
+  largest = {
+    clipped: max(
+      float(np.abs(layer['kernel']).max())
+      for layer in bnn_rows.train(
+        network, data, config, 0, clipped
+      ).params.values()
+    )
+    for clipped in (True, False)
+  }
+  assert largest[True] <= 1 < largest[False]
+
+
+def test_a_summary_has_means_and_deviations():
+  row = lambda error, equal: {
+    'method': 'BNN',
+    'test_error': error,
+    'validation_error': error,
+    'bytes': 5,
+    'folded_matches': equal,
+    'milliseconds_batch_1': 1.0,
+    'milliseconds_batch_100': 2.0,
+  }
+  (found,) = train_bnn.summary([row(2.0, True), row(4.0, False)])
+  assert found['test_error'] == 3
+  assert found['deviation'] == pytest.approx(2**0.5)
+  assert found['folded_matches'] is False
+
+
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    (
+      '--config.methods=("BNN2",)',
+      "there is no method 'BNN2'; there are float",
+    ),
+    ('--config.epochs=0', '--config.epochs must be >= 1, got 0'),
+    ('--config.batch=401', '--config.batch=401 is more than the 400 images'),
+    ('--config.last_learning_rate=1.0', 'must be above 0 and at most 0.003'),
+    ('--config.data=cifar10', "images 'cifar10' are in no package registry"),
+    ('--config.convolutions=((4, True),) * 4', 'cannot be halved'),
+  ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, flag, message):
+  if 'convolutions' in flag:
+    flag = '--config.convolutions=((4, True), (4, True), (4, True), (4, True))'
+  with pytest.raises(SystemExit):
+    _run(tmp_path / 'run', flag)
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert error.startswith('error: ')
+  assert message in error
+
+
+def test_configs_name_methods_that_exist():
+  for variant in ('', 'fashion', 'convolutions', 'ablations', 'paper', 'tiny'):
+    config = configs.get_config(variant)
+    for method in config.methods:
+      bnn_methods.network(method, (28, 28, 1), config)
+  for method in bnn_mnist_quick.get_config().methods:
+    bnn_methods.named(method)
+  with pytest.raises(ValueError, match='variants are'):
+    configs.get_config('small')
