@@ -14,8 +14,8 @@ takes parts of BNN away; `:paper` is 3 x 4096; `:tiny` a check of the machinery
 on generated images.
 
 Fields:
-  data: A set of data.images that a registry carries; 'generated' is four
-    blurred patterns.
+  data: A set of data.images that a registry carries; 'generated' is ten
+    patterns under noise.
   folder: Of official files, for the sets that no registry carries: 'mnist',
     'cifar10', 'svhn'. '' fetches.
   methods: Of experiments.bnn_methods.

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import pathlib
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from efficiency_jax import trees
+from efficiency_jax import binary_files
 from efficiency_jax.binarization import folding
 from efficiency_jax.binarization import latent
 from efficiency_jax.binarization import networks
@@ -144,9 +145,12 @@ def wrong(network, params, train_set: Images, of: Images) -> float:
 
 
 def measure(
-  method: str, seed: int, data: images.Splits, config
+  method: str, seed: int, data: images.Splits, config, path: pathlib.Path
 ) -> tuple[Row, Params]:
-  """Trains by a method, and measures what it would be used as."""
+  """Trains by a method, measures what it would be used as, and saves that.
+
+  Networks of signs are used folded; what is measured is the saved file.
+  """
   network = bnn_methods.network(method, data.train.pixels.shape[1:], config)
   best = train(network, data, config, seed, bnn_methods.named(method).clipped)
   seen = statistics(network, best.params, data.train)
@@ -162,7 +166,8 @@ def measure(
     'bytes': _bytes(network, best.params),
   }
   if _signs(network):
-    folded = folding.fold(network, best.params, seen)
+    binary_files.save(path, network, folding.fold(network, best.params, seen))
+    network, folded = binary_files.load(path)
     run = functools.partial(folding.apply, network, folded)
     everything = (
       (predictions(run, of), predictions(plain, of))
@@ -170,7 +175,7 @@ def measure(
       for plain in [lambda p: networks.apply(network, best.params, p, seen)[0]]
     )
     row['folded_matches'] = all((a == b).all() for a, b in everything)
-    row['bytes'] = trees.count_bytes(folded)
+    row['bytes'] = path.stat().st_size
   for size in (1, 100):
     pixels = jnp.asarray(np.resize(data.test.pixels, (size, *network.image)))
     timing = speed.measure(run, pixels, repeats=config.repeats)
@@ -198,12 +203,12 @@ def _bytes(network: networks.Config, params: Params) -> int:
 
 
 def _generated(seed: int) -> images.Splits:
-  """Four patterns under noise, 8 x 8."""
+  """Ten patterns under noise, 8 x 8."""
   rng = np.random.default_rng(seed)
-  patterns = rng.uniform(0, 255, (4, 8, 8, 1))
+  patterns = rng.uniform(0, 255, (10, 8, 8, 1))
 
   def some(count):
-    labels = rng.integers(0, 4, count).astype(np.int32)
+    labels = rng.integers(0, 10, count).astype(np.int32)
     noise = rng.normal(0, 60, (count, 8, 8, 1))
     pixels = np.clip(patterns[labels] + noise, 0, 255).astype(np.uint8)
     return Images(pixels, labels)

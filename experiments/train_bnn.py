@@ -45,7 +45,9 @@ def experiment(
     for seed in range(config.seed, config.seed + config.seeds):
 
       def make(method=method, seed=seed):
-        row, trained[method] = rows_of.measure(method, seed, data, config)
+        name = method.replace(' ', '_').replace(',', '')
+        path = workdir.path / f'{name}_{seed}.safetensors'
+        row, trained[method] = rows_of.measure(method, seed, data, config, path)
         return row
 
       rows.append(workdir.row(f'{method}, seed {seed}', make))

@@ -28,6 +28,7 @@ TECHNIQUES = {
 BELOW_TRAINING = GROUND | TECHNIQUES | {'models', 'io', 'data', 'distributed'}
 LIBRARY = BELOW_TRAINING | {
   'answers',
+  'binary_files',
   'conversation',
   'drafts',
   'engine',
@@ -55,6 +56,7 @@ MAY_IMPORT = {
   'adaptation': GROUND | {'models', 'quantization'},
   # Trained drafts as files.
   'drafts': GROUND | {'models', 'io', 'decoding'},
+  'binary_files': GROUND | {'io', 'binarization'},
   # A model made ready to decode; and text in, text out around it.
   'engine': GROUND | {'models', 'io', 'decoding'},
   'generation': GROUND | {'models', 'io', 'decoding', 'engine'},

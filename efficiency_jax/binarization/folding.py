@@ -208,14 +208,18 @@ def _threshold(z, bound: int, channels: int) -> tuple[jax.Array, jax.Array]:
   z is monotone, so that halving the range finds it; where its sign is the same
   everywhere, t is bound + 1 and never reached.
   """
-  z = jax.jit(z)
   at = lambda y: z(y) >= 0
   first = at(jnp.full(channels, -bound))
-  low = jnp.full(channels, -bound)  # the sign is still `first`
-  high = jnp.full(channels, bound + 1)  # taken for another one
-  while int((high - low).max()) > 1:
+
+  def halved(_, ends):
+    low, high = ends  # the sign is still `first`; it is taken for another one
     middle = low + (high - low) // 2
     same = at(middle) == first
-    low, high = jnp.where(same, middle, low), jnp.where(same, high, middle)
+    # Where nothing lies between, the middle is `low`.
+    return jnp.where(same, middle, low), jnp.where(same, high, middle)
+
+  ends = jnp.full(channels, -bound), jnp.full(channels, bound + 1)
+  steps = (2 * bound + 1).bit_length()
+  _, high = lax.fori_loop(0, steps, halved, ends)
   # Before t the answer is `first`: y >= t is False there.
   return high, first
