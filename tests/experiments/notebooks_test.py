@@ -14,6 +14,24 @@ NAMES = [path.stem for path in SOURCES]
 
 MAX_BYTES = 400_000
 SIZES = {
+  'binarized_networks': {
+    'EPOCHS = 12': 'EPOCHS = 2',
+    'WIDTH = 512': 'WIDTH = 64',
+    "digits = images.load('mnist-10k')": """
+rng = np.random.default_rng(0)
+patterns = rng.uniform(0, 255, (10, 8, 8, 1))
+
+
+def some(count):
+  labels = rng.integers(0, 10, count)
+  noise = rng.normal(0, 60, (count, 8, 8, 1))
+  pixels = np.clip(patterns[labels] + noise, 0, 255).astype(np.uint8)
+  return images.Images(pixels, labels)
+
+
+digits = images.Splits(train=some(2000), validation=some(50), test=some(50))
+""",
+  },
   'flash_attention': {
     'LENGTHS = (1024, 2048, 4096, 8192)': 'LENGTHS = (512, 1024)'
   },
@@ -51,6 +69,12 @@ layer = eagle.TrainedDraft(
 SLOW = {'speculative_decoding'}  # to compile
 # What the text between the cells says of the results.
 CLAIMS = {
+  'binarized_networks': """
+assert not slopes_of_step.any()
+assert errors[-1] < 40  # by chance 90
+assert all(equal)
+assert kernels == 32 * bits
+""",
   'flash_attention': """
 for n in (512, 4096):  # no library hides the matrix from the compiler's plan
   assert scratch_bytes(naive, *random_arrays(n)) >= 4 * n * n
