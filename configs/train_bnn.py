@@ -79,6 +79,8 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
       'BNN, swish sign',
       'BNN, shift norm',
       'BNN, real ends',
+      'BNN, Bop',
+      'BNN, shifts alone',
     )
     config.seeds = 1
   if variant == 'paper':

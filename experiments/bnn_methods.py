@@ -12,10 +12,12 @@ class Method:
   Attributes:
     choices: Fields of `Config`.
     clipped: Whether latent weights stay within [-1, 1].
+    optimizer: 'adam', 'bop' or 'shift adamax'.
   """
 
   choices: dict[str, object]
   clipped: bool = True
+  optimizer: str = 'adam'
 
 
 _BNN = {'weights': 'sign', 'activations': 'sign'}
@@ -37,6 +39,10 @@ METHODS = {
   'BNN, swish sign': Method({**_BNN, 'estimator': 'swish'}),
   'BNN, shift norm': Method({**_BNN, 'norm': 'shift'}),
   'BNN, real ends': Method({**_BNN, 'real_ends': True}),
+  'BNN, Bop': Method(_BNN, clipped=False, optimizer='bop'),
+  'BNN, shifts alone': Method(
+    {**_BNN, 'norm': 'shift'}, optimizer='shift adamax'
+  ),
 }
 
 

@@ -16,16 +16,12 @@ from efficiency_jax.binarization import folding
 from efficiency_jax.binarization import latent
 from efficiency_jax.binarization import networks
 from efficiency_jax.data import images
-from efficiency_jax.data import rows as data_rows
 from efficiency_jax.data.images import Images
 from efficiency_jax.evaluation import speed
-from efficiency_jax.training import loop
 from efficiency_jax.training import objectives
-from efficiency_jax.training import state as states
-from efficiency_jax.training import step as steps
 from efficiency_jax.types import Params
 from experiments import bnn_methods
-from experiments import display
+from experiments import short_training
 
 _BATCH = 500  # images at a time where nothing is trained
 
@@ -56,7 +52,7 @@ def train(
   data: images.Splits,
   config,
   seed: int,
-  clipped: bool,
+  method: bnn_methods.Method,
 ) -> Best:
   """Trains a network, and keeps the parameters of the best epoch."""
   size = config.batch
@@ -69,7 +65,7 @@ def train(
     'pixels': data.train.pixels[: each * size],
     'labels': data.train.labels[: each * size],
   }
-  optimizer = _optimizer(network, config, each * config.epochs, clipped)
+  optimizer = _optimizer(network, method, config, each * config.epochs)
   loss = objectives.binarized(network, seed)
   params = networks.init(network, jax.random.key(seed))
   best = Best()
@@ -84,33 +80,38 @@ def train(
       best.error, best.epoch = error, len(best.curve)
     return {'loss': error}
 
-  plan = loop.Plan(steps=each * config.epochs, evaluate_every=each)
-  update = jax.jit(steps.make_step(loss, optimizer), donate_argnums=0)
-  batches = data_rows.batches(
-    rows, batch_size=size, seed=seed, epochs=config.epochs
+  short_training.fit(
+    *(loss, optimizer, params, rows),
+    batch=size,
+    seed=seed,
+    epochs=config.epochs,
+    evaluate=evaluate,
   )
-  with display.steps(plan.steps) as report:
-    loop.fit(
-      *(update, states.create(params, optimizer), None, iter(batches), plan),
-      evaluate=evaluate,
-      report=report,
-    )
   return best
 
 
-def _optimizer(network, config, total: int, clipped: bool):
-  """Adam; binary weights move by their fans and stay within [-1, 1]."""
+def _optimizer(network, method: bnn_methods.Method, config, total: int):
+  """The optimizer of a method; vectors, of normalization, have Adam's.
+
+  Binary weights move by their fans and stay within [-1, 1].
+  """
   rate = optax.exponential_decay(
     config.learning_rate,
     total,
     config.last_learning_rate / config.learning_rate,
   )
-  binary = network.weights != 'float'
+  adam = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(rate))
+  if method.optimizer == 'bop':
+    kinds = {2: latent.bop(), 1: adam}
+    return optax.partition(
+      kinds, lambda params: jax.tree.map(lambda p: min(p.ndim, 2), params)
+    )
+  if network.weights == 'float':
+    return adam
   return optax.chain(
-    optax.scale_by_adam(),
-    latent.scale_by_fans() if binary else optax.identity(),
-    optax.scale_by_learning_rate(rate),
-    latent.clip() if binary and clipped else optax.identity(),
+    latent.shift_adamax() if method.optimizer == 'shift adamax' else adam,
+    latent.scale_by_fans(),
+    latent.clip() if method.clipped else optax.identity(),
   )
 
 
@@ -152,7 +153,7 @@ def measure(
   Networks of signs are used folded; what is measured is the saved file.
   """
   network = bnn_methods.network(method, data.train.pixels.shape[1:], config)
-  best = train(network, data, config, seed, bnn_methods.named(method).clipped)
+  best = train(network, data, config, seed, bnn_methods.named(method))
   seen = statistics(network, best.params, data.train)
   run = lambda pixels: networks.apply(network, best.params, pixels, seen).scores
   found = predictions(run, data.test)

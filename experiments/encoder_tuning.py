@@ -4,26 +4,20 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 
-import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from efficiency_jax.data import rows as data_rows
 from efficiency_jax.data import sentiment
 from efficiency_jax.data.sentiment import Sentence
 from efficiency_jax.evaluation.encoders import SentimentHead
 from efficiency_jax.io.pretrained_encoder import TextEncoder
 from efficiency_jax.models import encoder as encoder_lib
 from efficiency_jax.quantization import qat
-from efficiency_jax.training import loop
 from efficiency_jax.training import objectives
 from efficiency_jax.training import optimizers
-from efficiency_jax.training import state as states
-from efficiency_jax.training import step as steps
-from experiments import display
 from experiments import encoder_bits
 from experiments import encoder_rows as rows_of
+from experiments import short_training
 from experiments import workdir as workdirs
 from experiments.encoder_rows import Row
 
@@ -145,7 +139,7 @@ def arrays(encoder: TextEncoder, of: Sequence[Sentence], length: int) -> Row:
 
 def train(encoder: TextEncoder, params: Row, rows: Row, config, seed: int):
   """One epoch over the rows: `encoder` and `head` of `params`, trained."""
-  total = -(-len(rows['tokens']) // config.batch)
+  total = short_training.num_steps(rows, config.batch, 1)
   optimizer = optimizers.make(
     optimizers.OptimizerConfig(
       learning_rate=config.learning_rate,
@@ -156,15 +150,6 @@ def train(encoder: TextEncoder, params: Row, rows: Row, config, seed: int):
     )
   )
   loss = objectives.classification(encoder_lib.apply_fn(encoder.config))
-  update = jax.jit(steps.make_step(loss, optimizer), donate_argnums=0)
-  # The first state is given away to the step.
-  state = states.create(jax.tree.map(jnp.array, params), optimizer)
-  batches = data_rows.batches(
-    rows, batch_size=config.batch, seed=seed, epochs=1
+  return short_training.fit(
+    loss, optimizer, params, rows, batch=config.batch, seed=seed
   )
-  plan = loop.Plan(
-    steps=total, tokens_per_step=config.batch * rows['tokens'].shape[1]
-  )
-  with display.steps(total) as report:
-    state = loop.fit(update, state, None, iter(batches), plan, report=report)
-  return state.params

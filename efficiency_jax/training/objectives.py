@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax import lax
 import jax.numpy as jnp
+import optax
 
 from efficiency_jax.adaptation import lora
 from efficiency_jax.binarization import networks
@@ -217,6 +218,29 @@ def classification(encode: EncodeFn) -> Loss:
       'accuracy': losses.mean(right, real),
       'weight': real.sum().astype(jnp.float32),
     }
+
+  return loss
+
+
+def next_token(apply: ApplyFn) -> Loss:
+  """Cross-entropy of every token given those before it in its segment.
+
+      mean over tokens that count of -log p(token | tokens before it)
+
+  `params` are those of `apply`; a batch has the arrays of `packing.pack`:
+  `tokens`, `segments` and `loss_mask` [B, T].
+  """
+
+  def loss(params, frozen, batch):
+    del frozen
+    tokens, mask = batch['tokens'], batch['loss_mask'][:, 1:]
+    output, _ = apply(params, tokens, segments=batch['segments'])
+    logits = output.logits[:, :-1].astype(jnp.float32)
+    nats = optax.softmax_cross_entropy_with_integer_labels(
+      logits, tokens[:, 1:]
+    )
+    weight = mask.sum().astype(jnp.float32)
+    return losses.mean(nats, mask), {'weight': weight}
 
   return loss
 

@@ -55,12 +55,21 @@ def test_latent_weights_stay_clipped_where_they_should():
     clipped: max(
       float(np.abs(layer['kernel']).max())
       for layer in bnn_rows.train(
-        network, data, config, 0, clipped
+        network, data, config, 0, bnn_methods.Method({}, clipped=clipped)
       ).params.values()
     )
     for clipped in (True, False)
   }
   assert largest[True] <= 1 < largest[False]
+
+
+@pytest.mark.parametrize('name', ['BNN, Bop', 'BNN, shifts alone'])
+def test_other_optimizers_learn(name):
+  config = configs.get_config('tiny')
+  data = bnn_rows.load(config)
+  network = bnn_methods.network(name, (8, 8, 1), config)
+  best = bnn_rows.train(network, data, config, 0, bnn_methods.named(name))
+  assert best.error < 0.5  # by chance 0.9
 
 
 def test_a_summary_has_means_and_deviations():

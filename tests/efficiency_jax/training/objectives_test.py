@@ -11,6 +11,7 @@ import pytest
 
 from efficiency_jax.adaptation import lora
 from efficiency_jax.binarization import networks
+from efficiency_jax.data import packing
 from efficiency_jax.decoding import draft_model
 from efficiency_jax.decoding import draft_model_training
 from efficiency_jax.decoding import draft_vocabulary
@@ -373,3 +374,19 @@ def test_binarized_draws_by_seed_and_step():
   )
   assert draw(0, 0) == draw(0, 0)
   assert len({draw(0, 0), draw(0, 1), draw(1, 0)}) == 3
+
+
+def test_next_token_is_cross_entropy_of_what_counts():
+  lm = untrained.language_model()
+  apply = transformer.apply_fn(lm.config)
+  texts = ['to be or not', 'a b', 'the question']
+  batch = packing.pack([lm.tokenizer.encode(text) for text in texts], 16)
+  value, metrics = objectives.next_token(apply)(lm.params, None, batch)
+  total, count = 0.0, 0
+  for text in texts:
+    ids = np.array(lm.tokenizer.encode(text))
+    logits = apply(lm.params, ids[None])[0].logits[0]
+    nats = -jax.nn.log_softmax(logits)[np.arange(len(ids) - 1), ids[1:]]
+    total, count = total + float(nats.sum()), count + len(nats)
+  np.testing.assert_allclose(value, total / count, rtol=1e-5)
+  assert metrics['weight'] == count
