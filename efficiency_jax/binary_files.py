@@ -48,15 +48,17 @@ def load(
   try:
     fields = json.loads(metadata['config'])
     config = networks.Config(**{k: _hashable(v) for k, v in fields.items()})
-  except (KeyError, TypeError, ValueError) as error:
+    needed = _form(config)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
     problem = f'has a shape that cannot be read ({error})'
     raise FileFormatError(path, problem, _REMEDY) from error
-  needed = _form(config)
   wanted, found = _named(needed), arrays
-  if set(wanted) != set(found):
-    different = sorted(set(wanted) ^ set(found))[0]
-    problem = f'has {different} too much or lacks it'
-    raise FileFormatError(path, problem, _REMEDY)
+  for problem, names in (
+    ('lacks', set(wanted) - set(found)),
+    ('has, and should not,', set(found) - set(wanted)),
+  ):
+    if names:
+      raise FileFormatError(path, f'{problem} {sorted(names)[0]}', _REMEDY)
   for name, like in wanted.items():
     one = found[name]
     if (one.shape, one.dtype) != (like.shape, like.dtype):

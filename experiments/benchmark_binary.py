@@ -27,7 +27,7 @@ def experiment(
   config: ml_collections.ConfigDict, workdir: workdirs.Workdir
 ) -> None:
   """Times every width and batch."""
-  for field in ('width', 'layers', 'repeats'):
+  for field in ('image', 'width', 'layers', 'batch', 'repeats'):
     for value in np.ravel(config[field]):
       if value < 1:
         raise ValueError(f'--config.{field} must be >= 1, got {value}.')

@@ -65,5 +65,6 @@ def network(name: str, image: tuple[int, int, int], config) -> Config:
     image=image,
     convolutions=tuple(tuple(layer) for layer in config.convolutions),
     hidden=tuple(config.hidden),
+    dropout=tuple(config.dropout),
     **named(name).choices,
   )

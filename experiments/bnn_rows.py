@@ -91,10 +91,16 @@ def train(
 
 
 def _optimizer(network, method: bnn_methods.Method, config, total: int):
-  """The optimizer of a method; vectors, of normalization, have Adam's.
+  """The optimizer of a method.
 
-  Binary weights move by their fans and stay within [-1, 1].
+  Binary weights move by their fans and stay within [-1, 1]. Bop and shift
+  AdaMax have rates of their own; beside Bop, which turns binary weights alone,
+  everything else has Adam.
   """
+  binary = {
+    f'layer_{layer}': not networks.is_real(network, layer)
+    for layer in range(len(network.kernels))
+  }
   rate = optax.exponential_decay(
     config.learning_rate,
     total,
@@ -102,16 +108,20 @@ def _optimizer(network, method: bnn_methods.Method, config, total: int):
   )
   adam = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(rate))
   if method.optimizer == 'bop':
-    kinds = {2: latent.bop(), 1: adam}
-    return optax.partition(
-      kinds, lambda params: jax.tree.map(lambda p: min(p.ndim, 2), params)
+    kind = lambda path, p: (
+      'bop' if p.ndim > 1 and binary[path[0].key] else 'adam'
     )
-  if network.weights == 'float':
-    return adam
-  return optax.chain(
-    latent.shift_adamax() if method.optimizer == 'shift adamax' else adam,
-    latent.scale_by_fans(),
+    return optax.partition(
+      {'bop': latent.bop(), 'adam': adam},
+      functools.partial(jax.tree_util.tree_map_with_path, kind),
+    )
+  shifts = method.optimizer == 'shift adamax'
+  of_latent = optax.chain(
+    latent.scale_by_fans(rounded=shifts),
     latent.clip() if method.clipped else optax.identity(),
+  )
+  return optax.chain(
+    latent.shift_adamax() if shifts else adam, optax.masked(of_latent, binary)
   )
 
 
@@ -155,7 +165,11 @@ def measure(
   network = bnn_methods.network(method, data.train.pixels.shape[1:], config)
   best = train(network, data, config, seed, bnn_methods.named(method))
   seen = statistics(network, best.params, data.train)
-  run = lambda pixels: networks.apply(network, best.params, pixels, seen).scores
+  trained = network
+  plain = lambda pixels: (
+    networks.apply(trained, best.params, pixels, seen).scores
+  )
+  run = plain
   found = predictions(run, data.test)
   row = {
     'method': method,
@@ -166,14 +180,13 @@ def measure(
     'curve': [100 * error for error in best.curve],
     'bytes': _bytes(network, best.params),
   }
-  if _signs(network):
+  if folding.foldable(network):
     binary_files.save(path, network, folding.fold(network, best.params, seen))
     network, folded = binary_files.load(path)
     run = functools.partial(folding.apply, network, folded)
     everything = (
       (predictions(run, of), predictions(plain, of))
       for of in (data.train, data.validation, data.test)
-      for plain in [lambda p: networks.apply(network, best.params, p, seen)[0]]
     )
     row['folded_matches'] = all((a == b).all() for a, b in everything)
     row['bytes'] = path.stat().st_size
@@ -184,21 +197,13 @@ def measure(
   return row, best.params
 
 
-def _signs(network: networks.Config) -> bool:
-  return (
-    network.weights == 'sign'
-    and network.activations != 'relu'
-    and (not network.real_ends)
-  )
-
-
 def _bytes(network: networks.Config, params: Params) -> int:
   """A bit a binary weight, two a ternary one, and four bytes a real number."""
-  bits = {'float': 32, 'ternary': 2}.get(network.weights, 1)
+  bits = {'sign': 1, 'ternary': 2}.get(network.weights, 32)
   total = 0
   for layer, leaf in enumerate(params.values()):
-    ends = layer in (0, len(params) - 1) and network.real_ends
-    total += leaf['kernel'].size * (32 if ends else bits) // 8
+    each = 32 if networks.is_real(network, layer) else bits
+    total += leaf['kernel'].size * each // 8
     total += leaf['scale'].nbytes + leaf['bias'].nbytes
   return total
 

@@ -1,6 +1,7 @@
 """Bits of each part of an encoder by the Hessian of its loss (Q-BERT)."""
 
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ def allocations(
     name: sum(
       leaf.size
       for path, leaf in trees.leaves(encoder.params)
-      if path.startswith(pattern.partition('.*')[0]) and path.endswith('kernel')
+      if re.search(pattern, path)
     )
     for name, pattern in groups(encoder).items()
   }

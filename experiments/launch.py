@@ -78,7 +78,7 @@ def run(
     print('interrupted: the same command goes on from here.', file=sys.stderr)
     raise SystemExit(130) from None
   except loop.Preempted as stop:
-    print(f'{stop} The same command goes on from there.', file=sys.stderr)
+    print(f'{stop} The same command goes on.', file=sys.stderr)
     raise SystemExit(143) from None
   except (ValueError, OSError, flags.Error) as error:
     if debug:

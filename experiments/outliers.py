@@ -36,8 +36,7 @@ def experiment(
   config: ml_collections.ConfigDict, workdir: workdirs.Workdir
 ) -> None:
   """Looks at activations, sweeps the threshold, and draws errors."""
-  for method in config.methods:
-    recipes.named(method)
+  check(config)
   lm = inputs.load_model(config)
   kernel = f'layers_{config.layer}/ffn/gate_up/kernel'
   weights = outlier_figures.matrix(lm.params, kernel)
@@ -106,6 +105,22 @@ def threshold_row(lm, known, found, threshold: float, config) -> workdirs.Row:
   columns = np.concatenate([one.largest.reshape(-1) for one in found.values()])
   share = float((columns >= threshold).mean())
   return {'baseline': 'float32', 'share_of_columns': share, **row}
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Finds what is wrong with a config before anything is loaded."""
+  if not config.methods:
+    raise ValueError('--config.methods must name at least one recipe.')
+  for method in config.methods:
+    if recipes.needs_text(method):
+      raise ValueError(
+        f'{method!r} needs calibration text, and errors are drawn without: take'
+        ' a recipe that does not.'
+      )
+  if config.threshold <= 0:
+    raise ValueError(
+      f'--config.threshold must be above 0, got {config.threshold}.'
+    )
 
 
 def main(argv: Sequence[str]) -> None:

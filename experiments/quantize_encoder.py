@@ -50,11 +50,10 @@ def experiment(
       return {'method': method, 'baseline': rows_of.BASELINE} | size | row
 
     parts['released'].append(workdir.row(method, make))
-  parts['clusterings'] = [
-    row
-    for bits in config.kmeans
-    for row in rows_of.clusterings(encoder.params, bits)
-  ]
+  parts['clusterings'] = []
+  for bits in config.kmeans:
+    make = lambda b=bits: {'rows': rows_of.clusterings(encoder.params, b)}
+    parts['clusterings'] += workdir.row(f'clustering {bits}', make)['rows']
   parts['tuned'], parts['shared'], sensitivities = [], [], {}
   for seed in range(config.seed, config.seed + config.seeds):
     run = encoder_tuning.Tuning(encoder, head, data, config, seed, workdir)
@@ -95,6 +94,12 @@ def check(config: ml_collections.ConfigDict) -> None:
         f'{method!r} is calibrated on text, which is for decoders: take a'
         ' recipe that is not.'
       )
+  few, many, mean = (config.hessian[k] for k in ('few', 'many', 'mean'))
+  if mean != round(mean) or not few <= mean <= many:
+    raise ValueError(
+      '--config.hessian.mean must be a whole number of bits from'
+      f' {few} to {many}, got {mean}.'
+    )
   for field in ('sentences', 'length', 'batch'):
     if config[field] < 1:
       raise ValueError(f'--config.{field} must be >= 1, got {config[field]}.')

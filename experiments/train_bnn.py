@@ -40,32 +40,28 @@ def experiment(
   """Trains every method with every seed."""
   check(config)
   data = rows_of.load(config)
-  rows, trained = [], {}
+  rows = []
   for method in config.methods:
+    file = method.replace(' ', '_').replace(',', '')
     for seed in range(config.seed, config.seed + config.seeds):
 
-      def make(method=method, seed=seed):
-        name = method.replace(' ', '_').replace(',', '')
-        path = workdir.path / f'{name}_{seed}.safetensors'
-        row, trained[method] = rows_of.measure(method, seed, data, config, path)
-        return row
+      def make(method=method, seed=seed, file=file):
+        path = workdir.path / f'{file}_{seed}.safetensors'
+        row, params = rows_of.measure(method, seed, data, config, path)
+        image = data.train.pixels.shape[1:]
+        figure = bnn_figures.weights(method, params, image)
+        workdir.save_figure(figure, f'weights_of_{file}')
+        return {**row, 'figure': f'weights_of_{file}'}
 
       rows.append(workdir.row(f'{method}, seed {seed}', make))
       workdir.log({k: v for k, v in rows[-1].items() if k != 'curve'})
   workdir.write_results(rows)
   table = display.table(summary(rows), _COLUMNS)
   table.show()
-  texts = [table.markdown()]
-  figures = {'errors': bnn_figures.errors(rows)}
-  for method, params in trained.items():
-    # A continued run draws those that it trained itself.
-    figures[f'weights of {method}'] = bnn_figures.weights(
-      method, params, data.train.pixels.shape[1:]
-    )
-  for name, figure in figures.items():
-    image = workdir.save_figure(figure, name.replace(' ', '_').replace(',', ''))
-    texts.append(f'![{name}]({image.name})')
-  workdir.write_report('\n\n'.join(texts))
+  workdir.save_figure(bnn_figures.errors(rows), 'errors')
+  names = ['errors', *dict.fromkeys(row['figure'] for row in rows)]
+  images = [f'![{name}]({name}.png)' for name in names]
+  workdir.write_report('\n\n'.join([table.markdown(), *images]))
 
 
 def summary(rows: Sequence[rows_of.Row]) -> list[rows_of.Row]:

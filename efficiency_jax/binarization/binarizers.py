@@ -98,8 +98,7 @@ def ternary(x: jax.Array, threshold: float | None = None) -> jax.Array:
       constant.
   """
   if threshold is None:
-    threshold = 0.7 * jnp.abs(jax.lax.stop_gradient(x)).mean()
-  # What is left after a shift of the step is a sign on each side of zero.
+    threshold = 0.7 * jnp.abs(x).mean()
   return _ternary(x, jnp.asarray(threshold, x.dtype))
 
 

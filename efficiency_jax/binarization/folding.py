@@ -3,11 +3,12 @@
 Batch normalization and a sign together are one comparison: z grows or falls
 with the whole number y, so its sign is decided by a threshold,
 
-    z(y) >= 0   <=>   (y >= t) xor flip            flip where gamma < 0
+    z(y) >= 0   <=>   (y >= t) xor flip            flip: z >= 0 at the least y
 
-which is found by trying: t is the least y at which z, computed as the network
-computes it, has its other sign. So the folded network predicts what the network
-predicts, ties and rounding included. A weight takes one bit.
+which is found by trying: t is the first y at which z, computed as the network
+computes it, has its other sign; one that never turns has a t beyond all y. So
+the folded network predicts what the network predicts, ties and rounding
+included. A weight takes one bit.
 
 Pixels are whole numbers, and a product with them is one of signs for each of
 their bits: 2 p - 255 = sum_b 2^b s_b, where s_b is +1 or -1 (arXiv 1602.02830,
@@ -74,19 +75,15 @@ def fold(
   """Folds a trained network.
 
   Args:
-    config: Of the network, whose weights and activations are signs. Drawn ones
-      are the deterministic ones in inference.
+    config: Of the network, whose weights and activations are signs in
+      inference.
     params: Trained.
     statistics: Of `networks.statistics`.
 
   Raises:
     ValueError: Some weights or activations are no signs.
   """
-  if (
-    config.weights not in ('sign', 'stochastic')
-    or config.activations == 'relu'
-    or config.real_ends
-  ):
+  if not foldable(config):
     raise ValueError(
       'only a network of signs can be folded, got weights'
       f' {config.weights!r}, activations {config.activations!r} and'
@@ -122,6 +119,15 @@ def fold(
   )
 
 
+def foldable(config: Config) -> bool:
+  """Whether all weights and activations are signs in inference."""
+  return (
+    config.weights == 'sign'
+    and config.activations != 'relu'
+    and not config.real_ends
+  )
+
+
 @functools.partial(jax.jit, static_argnames=('config', 'implementation'))
 def apply(
   config: Config, folded: Folded, pixels: jax.Array, implementation=None
@@ -131,7 +137,11 @@ def apply(
   They are those of `networks.apply` with the same statistics, to the last bit
   of every sign between the layers. `implementation` is that of
   `binary_matmul`.
+
+  Raises:
+    ValueError: The images are of another size or type.
   """
+  networks.check(config, pixels)
   multiply = functools.partial(binary_matmul, implementation=implementation)
   last = len(folded.layers) - 1
   x = None
@@ -198,7 +208,7 @@ def _border(signs: jax.Array, height: int, width: int) -> jax.Array:
 
 def _z(config, number, params, moments, y) -> jax.Array:
   """What the network makes of the whole numbers y."""
-  y = networks.scaled(config, number, y.astype(jnp.float32))
+  y = networks.scaled(number, y.astype(jnp.float32))
   return networks.normalized(config, number, params, y, moments)
 
 

@@ -40,20 +40,25 @@ def clip() -> optax.GradientTransformation:
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def scale_by_fans() -> optax.GradientTransformation:
+def scale_by_fans(rounded: bool = False) -> optax.GradientTransformation:
   """Multiplies updates of matrices by sqrt((fan_in + fan_out) / 1.5).
 
   One over the scale of Glorot's initialization: latent weights begin in [-1, 1]
   whatever the layer, and move in proportion (the code of arXiv 1511.00363 calls
   it W_LR_scale). A kernel is [fan_in, fan_out], of a convolution [height,
-  width, channels in, channels out].
+  width, channels in, channels out]. If `rounded`, the factor is the nearest
+  power of two.
   """
 
   def update(updates, state, params=None):
     del params
-    scale = lambda u: (
-      u if u.ndim < 2 else u * (sum(_fans(u.shape)) / 1.5) ** 0.5
-    )
+
+    def scale(u):
+      if u.ndim < 2:
+        return u
+      factor = (sum(_fans(u.shape)) / 1.5) ** 0.5
+      return u * (power_of_two(factor) if rounded else factor)
+
     return jax.tree.map(scale, updates), state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

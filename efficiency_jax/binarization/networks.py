@@ -45,12 +45,16 @@ class Config:
       convolution; zeros surround what it reads.
     hidden: Widths of the dense layers after them.
     classes: How many there are.
-    weights: 'float', 'sign' (deterministic), 'stochastic' or 'ternary'.
-    activations: 'relu', 'sign' or 'stochastic'.
+    weights: 'float', 'sign' (deterministic), 'ternary', or 'stochastic': signs
+      that are drawn in training, where inference takes the real weights
+      themselves, as the code of arXiv 1511.00363 does.
+    activations: 'relu', 'sign', or 'stochastic': signs that are drawn in
+      training.
     real_ends: Whether the first and the last layer keep real weights.
     norm: 'batch'; 'shift', which multiplies by powers of two alone; or 'none',
       where y / sqrt(fan in) stands for the normalized y.
-    estimator: Pseudo-gradient of signs of activations, of `ESTIMATORS`.
+    estimator: Pseudo-gradient of signs of activations, of `ESTIMATORS`; that of
+      drawn ones is clipped.
     dropout: Shares of inputs and of hidden numbers left out in training.
     epsilon: Added to the variance.
   """
@@ -68,6 +72,15 @@ class Config:
   epsilon: float = 1e-4
 
   def __post_init__(self):
+    sizes = (*self.image, *(c for c, _ in self.convolutions), *self.hidden)
+    if len(self.image) != 3 or not all(
+      isinstance(size, int) and size > 0 for size in (*sizes, self.classes)
+    ):
+      raise ValueError(
+        'image must be height, width and channels, and sizes whole numbers > 0,'
+        f' got image {self.image}, convolutions {self.convolutions}, hidden'
+        f' {self.hidden} and classes {self.classes}.'
+      )
     for name, options in (
       ('weights', WEIGHTS),
       ('activations', ACTIVATIONS),
@@ -117,7 +130,10 @@ class Moments(NamedTuple):
 
 
 class Output(NamedTuple):
-  """Scores [B, classes], and the `Moments` of every layer by its name."""
+  """Scores [B, classes], and the `Moments` of every layer by its name.
+
+  There are no moments where statistics were given.
+  """
 
   scores: jax.Array
   moments: dict[str, Moments]
@@ -131,7 +147,7 @@ def init(config: Config, key: jax.Array) -> Params:
       jax.random.fold_in(key, layer), shape, minval=-1.0, maxval=1.0
     )
     fans = (shape[-2] + shape[-1]) * (9 if len(shape) == 4 else 1)
-    bound = (6 / fans) ** 0.5 if _is_real(config, layer) else 1.0
+    bound = (6 / fans) ** 0.5 if is_real(config, layer) else 1.0
     params[f'layer_{layer}'] = {
       'kernel': bound * drawn,
       'scale': jnp.ones(shape[-1]),
@@ -161,12 +177,8 @@ def apply(
   Raises:
     ValueError: The images are of another size or type.
   """
-  if pixels.shape[1:] != config.image or pixels.dtype != jnp.uint8:
-    raise ValueError(
-      f'pixels must be uint8 [B, {", ".join(map(str, config.image))}], got'
-      f' {pixels.dtype} {list(pixels.shape)}.'
-    )
-  # Whole numbers, so that the first product is exact: see `scaled`.
+  check(config, pixels)
+  # Whole numbers, so that the first product with signs is exact: see `scaled`.
   x = 2 * pixels.astype(jnp.float32) - 255
   moments = {}
   last = len(config.kernels) - 1
@@ -177,18 +189,28 @@ def apply(
       keys = jax.random.split(jax.random.fold_in(key, layer), 3)
     x = _dropped(x, config.dropout[min(layer, 1)], keys[0])
     kernel = _binarized(config, layer, params[name]['kernel'], keys[1])
-    y = scaled(config, layer, product(config, layer, x, kernel))
-    moments[name] = _moments(config, y)
-    seen = moments[name] if statistics is None else statistics[name]
+    y = scaled(layer, product(config, layer, x, kernel))
+    if statistics is None:
+      moments[name] = _moments(config, y)
+    seen = (moments if statistics is None else statistics)[name]
     z = normalized(config, layer, params[name], y, seen)
     x = z if layer == last else _activated(config, z, keys[2])
   return Output(x, moments)
 
 
+def check(config: Config, pixels: jax.Array) -> None:
+  """Refuses images of another size or type with a ValueError."""
+  if pixels.shape[1:] != config.image or pixels.dtype != jnp.uint8:
+    raise ValueError(
+      f'pixels must be uint8 [B, {", ".join(map(str, config.image))}], got'
+      f' {pixels.dtype} {list(pixels.shape)}.'
+    )
+
+
 def statistics(
   config: Config, params: Params, batches: Iterable[jax.Array]
 ) -> dict[str, Moments]:
-  """Mean and variance of every layer over all batches [B, H, W, C] together.
+  """Moments of every layer over all batches [B, H, W, C] together.
 
   Each batch is normalized by its own, as in training, and signs are
   deterministic, as in inference. Batches count alike.
@@ -214,7 +236,10 @@ def statistics(
 def product(
   config: Config, layer: int, x: jax.Array, kernel: jax.Array
 ) -> jax.Array:
-  """The product of one layer, and the maximum after it: whole numbers."""
+  """The product of one layer, and the maximum after it.
+
+  A whole number where x and kernel are, and exact up to 2^24.
+  """
   if kernel.ndim == 2:
     return jnp.matmul(
       x.reshape(len(x), -1), kernel, preferred_element_type=jnp.float32
@@ -231,9 +256,8 @@ def pool(y: jax.Array) -> jax.Array:
   return y.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
 
 
-def scaled(config: Config, layer: int, y: jax.Array) -> jax.Array:
+def scaled(layer: int, y: jax.Array) -> jax.Array:
   """The product as if pixels were in [-1, 1]."""
-  del config
   return y / 255 if layer == 0 else y
 
 
@@ -254,7 +278,8 @@ def normalized(
   return (y - moments.mean) * inverse * scale + bias
 
 
-def _is_real(config: Config, layer: int) -> bool:
+def is_real(config: Config, layer: int) -> bool:
+  """Whether a layer multiplies real weights, in training and inference."""
   ends = (0, len(config.kernels) - 1)
   return config.weights == 'float' or (config.real_ends and layer in ends)
 
@@ -262,12 +287,12 @@ def _is_real(config: Config, layer: int) -> bool:
 def _binarized(
   config: Config, layer: int, kernel: jax.Array, key: jax.Array | None
 ) -> jax.Array:
-  if _is_real(config, layer):
+  if is_real(config, layer):
     return kernel
   if config.weights == 'ternary':
     return binarizers.ternary(kernel)
-  if config.weights == 'stochastic' and key is not None:
-    return binarizers.stochastic_sign(kernel, key)
+  if config.weights == 'stochastic':
+    return kernel if key is None else binarizers.stochastic_sign(kernel, key)
   return binarizers.sign(kernel)
 
 

@@ -1,9 +1,10 @@
 """Outlier features: dimensions whose activations are large everywhere.
 
-LLM.int8() (arXiv 2208.07339, section 4) calls dimension i of what a kind of
-product multiplies an outlier feature if |x_i| >= 6 in at least 25 % of the
-layers and in at least 6 % of the tokens of all layers. They coarsen the scale
-of every row they are in, and are few, so that they can be kept apart.
+LLM.int8() (arXiv 2208.07339, section 4) calls dimension i of hidden states an
+outlier feature if |x_i| >= 6 in at least 25 % of the layers and in at least 6 %
+of the tokens of all layers. They coarsen the scale of every row they are in,
+and are few, so that they can be kept apart. Here each kind of product is looked
+at by itself; the paper leaves the second product of the feed-forward out.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -88,8 +89,13 @@ def observe(
   for tokens, segments in batches:
     for path, found in see(params, tokens, segments).items():
       total[path] = _merge(total[path], found) if path in total else found
-  if not total:
-    raise ValueError('batches must hold at least one batch.')
+  if not total or not any(int(one.rows) for one in total.values()):
+    raise ValueError('batches must hold at least one batch with a token in it.')
+  for path, one in total.items():
+    if not np.isfinite(one.largest).all():
+      raise ValueError(
+        f'what {path} multiplies is not finite: check the model or its dtype.'
+      )
   return by_kind(total)
 
 

@@ -41,7 +41,7 @@ class TrainingError(ValueError):
 
 
 class Preempted(Exception):
-  """The process was asked to end; the run is saved and can be continued."""
+  """The process was asked to end; with a store the run is saved."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,10 @@ def fit(
       if not last and _stop(asked, done):
         settle()
         save()
-        raise Preempted(f'stopped at step {done} of {plan.steps}.')
+        kept = 'is saved' if store is not None else 'is lost'
+        raise Preempted(
+          f'stopped at step {done} of {plan.steps}, which {kept}.'
+        )
   settle()
   return state
 

@@ -251,8 +251,9 @@ def binarized(config: networks.Config, seed: int = 0) -> Loss:
       mean over images and classes of max(0, 1 - t s)^2
 
   with scores s and targets t, 1 for the class of the image and -1 for others.
-  A batch has `pixels` uint8 [B, H, W, C] and `labels` int32 [B]. It is
-  normalized by itself; what training draws, it draws by `seed` and `step`.
+  A batch has `pixels` uint8 [B, H, W, C] and `labels` int32 [B], from 0 to
+  classes - 1. It is normalized by itself, so every row counts, and a part of it
+  is another batch; what training draws, it draws by `seed` and `step`.
   """
 
   def loss(params, frozen, batch):

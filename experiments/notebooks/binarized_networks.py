@@ -230,7 +230,7 @@ seen = statistics(signs, params)
 layer, moments = params['layer_1'], seen['layer_1']
 y = jnp.arange(-WIDTH, WIDTH + 1)[:, None]
 z = networks.normalized(signs, 1, layer, y.astype(jnp.float32), moments)
-rises = layer['scale'] > 0
+rises = layer['scale'] > 0  # none is zero here, and each turns somewhere
 turns = jnp.where(rises, (z < 0).sum(0), (z >= 0).sum(0)) - WIDTH  # thresholds
 
 folded = folding.fold(signs, params, seen)

@@ -59,10 +59,13 @@ def _changed(path, change_arrays=None, change_metadata=None):
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'change_arrays': lambda a: a.pop('layers.1.flip')}, r'layers\.1\.flip'),
+    (
+      {'change_arrays': lambda a: a.pop('layers.1.flip')},
+      r'lacks layers\.1\.flip',
+    ),
     (
       {'change_arrays': lambda a: a.update({'extra': np.zeros(1)})},
-      'has extra too much',
+      'has, and should not, extra',
     ),
     (
       {
@@ -76,9 +79,19 @@ def _changed(path, change_arrays=None, change_metadata=None):
       {'change_metadata': lambda m: m.update({'kind': 'other'})},
       'is no folded binarized network',
     ),
-    (
-      {'change_metadata': lambda m: m.update({'config': '{'})},
-      'has a shape that cannot be read',
+    *(
+      (
+        {'change_metadata': lambda m, text=text: m.update({'config': text})},
+        'has a shape that cannot be read',
+      )
+      for text in (
+        '{',
+        '[]',
+        'null',
+        '{"image": [4, 4, 1], "hidden": ["x"]}',
+        '{"image": [4, 4, 1], "hidden": [-3]}',
+        '{"image": [4, 4, 1], "weights": "float"}',
+      )
     ),
     (
       {

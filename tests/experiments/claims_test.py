@@ -1,5 +1,7 @@
 """Claims hold or do not, by the numbers that are given."""
 
+import pytest
+
 from experiments import claims
 
 
@@ -93,3 +95,29 @@ def test_nothing_lost_is_nothing_won_back():
     shared=[],
   )
   assert [row['holds'] for row in found] == [False]
+
+
+@pytest.mark.parametrize(
+  ('first', 'second'),
+  [
+    ('W8A8 per tensor', 'W8A8'),
+    ('W8A8', 'SmoothQuant'),
+    ('int4', 'AWQ int4'),
+    ('int4', 'FP4'),
+    ('FP4', 'NF4'),
+  ],
+)
+def test_the_first_is_worse_than_the_second(first, second):
+  right = [_row(first, 1.5, 0.1), _row(second, 1.2, 0.1)]
+  wrong = [_row(first, 1.2, 0.1), _row(second, 1.5, 0.1)]
+  assert [row['holds'] for row in claims.ladder(right)] == [True]
+  assert [row['holds'] for row in claims.ladder(wrong)] == [False]
+
+
+def test_outliers_apart_are_at_least_as_good():
+  held = lambda plain, apart: claims.ladder(
+    [_row('W8A8', plain), _row('LLM.int8', apart)]
+  )[0]['holds']
+  assert held(1.04, 1.01)
+  assert held(1.01, 1.01)
+  assert not held(1.01, 1.04)

@@ -248,9 +248,7 @@ def test_a_training_that_was_asked_to_end_says_so(config, tmp_path, capsys):
     launch.run('measure', fail, ['measure', *arguments])
   assert ended.value.code == 143
   error = capsys.readouterr().err
-  assert error == (
-    'stopped at step 3 of 9. The same command goes on from there.\n'
-  )
+  assert error == ('stopped at step 3 of 9. The same command goes on.\n')
 
 
 def test_a_programming_error_keeps_its_traceback(config, tmp_path):

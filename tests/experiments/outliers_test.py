@@ -43,6 +43,9 @@ def test_kinds_thresholds_and_figures(tmp_path):
   ('flag', 'message'),
   [
     ('--config.methods=("int9",)', "there is no recipe 'int9'"),
+    ('--config.methods=("GPTQ int4",)', "'GPTQ int4' needs calibration text"),
+    ('--config.methods=()', 'must name at least one recipe'),
+    ('--config.threshold=0.0', '--config.threshold must be above 0, got 0.0'),
     ('--config.layer=7', 'no layers_7/ffn/gate_up/kernel'),
     ('--config.tokens=100000', 'ask for fewer tokens'),
   ],

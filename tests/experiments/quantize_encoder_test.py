@@ -83,6 +83,7 @@ def test_a_summary_has_means_and_deviations_over_seeds():
     ('--config.methods=("int9",)', "there is no recipe 'int9'"),
     ('--config.methods=("GPTQ int4",)', "'GPTQ int4' is calibrated on text"),
     ('--config.trained_methods=("AWQ int4",)', "'AWQ int4' is calibrated"),
+    ('--config.hessian.mean=2.5', 'must be a whole number of bits from 2 to 4'),
     ('--config.sentences=0', '--config.sentences must be >= 1, got 0'),
     ('--config.seeds=-1', '--config.seeds must be >= 0, got -1'),
   ],

@@ -63,8 +63,10 @@ def test_latent_weights_stay_clipped_where_they_should():
   assert largest[True] <= 1 < largest[False]
 
 
-@pytest.mark.parametrize('name', ['BNN, Bop', 'BNN, shifts alone'])
-def test_other_optimizers_learn(name):
+@pytest.mark.parametrize(
+  'name', ['BNN, Bop', 'BNN, shifts alone', 'BNN stochastic', 'BNN, real ends']
+)
+def test_other_ways_learn(name):
   config = configs.get_config('tiny')
   data = bnn_rows.load(config)
   network = bnn_methods.network(name, (8, 8, 1), config)
@@ -99,12 +101,13 @@ def test_a_summary_has_means_and_deviations():
     ('--config.batch=401', '--config.batch=401 is more than the 400 images'),
     ('--config.last_learning_rate=1.0', 'must be above 0 and at most 0.003'),
     ('--config.data=cifar10', "images 'cifar10' are in no package registry"),
-    ('--config.convolutions=((4, True),) * 4', 'cannot be halved'),
+    (
+      '--config.convolutions=((4, True), (4, True), (4, True), (4, True))',
+      'cannot be halved',
+    ),
   ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, flag, message):
-  if 'convolutions' in flag:
-    flag = '--config.convolutions=((4, True), (4, True), (4, True), (4, True))'
   with pytest.raises(SystemExit):
     _run(tmp_path / 'run', flag)
   error = capsys.readouterr().err.splitlines()[-1]

@@ -12,9 +12,10 @@ from efficiency_jax.binarization import folding
 from efficiency_jax.binarization import networks
 
 DENSE = networks.Config(image=(5, 7, 1), hidden=(33, 20), classes=4)
+# A convolution before, at and after a maximum, and one that begins with it.
 CONV = networks.Config(
   image=(8, 8, 3),
-  convolutions=((9, False), (16, True)),
+  convolutions=((9, True), (16, False), (6, True)),
   hidden=(24,),
   classes=5,
 )
@@ -85,9 +86,24 @@ def test_a_network_of_real_numbers_is_refused():
   for change in (
     {'weights': 'float'},
     {'weights': 'ternary'},
+    {'weights': 'stochastic'},
     {'activations': 'relu'},
     {'real_ends': True},
   ):
     config = dataclasses.replace(DENSE, **change)
     with pytest.raises(ValueError, match='only a network of signs'):
       folding.fold(config, networks.init(config, jax.random.key(0)), {})
+
+
+def test_images_of_another_size_or_type():
+  params, found, pixels = _trained(DENSE)
+  folded = folding.fold(DENSE, params, found)
+  for wrong in (
+    pixels.astype(np.int32) + 256,
+    pixels.astype(np.float32),
+    pixels[:, :, :-1],
+  ):
+    with pytest.raises(
+      ValueError, match=r'uint8 \[B, 5, 7, 1\]'
+    ):
+      folding.apply(DENSE, folded, wrong)

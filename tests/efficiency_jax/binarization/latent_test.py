@@ -47,6 +47,10 @@ def test_updates_are_scaled_by_fans():
     scaled['conv'], 1 / np.sqrt(1.5 / (9 * 16 + 9 * 32)), rtol=1e-6
   )
   np.testing.assert_array_equal(scaled['b'], 1)
+  rounded, _ = latent.scale_by_fans(rounded=True).update(
+    updates, optax.EmptyState()
+  )
+  np.testing.assert_array_equal(rounded['dense'], 32)  # of 34.7
 
 
 def test_bop_turns_what_gradients_keep_pushing_against():

@@ -100,20 +100,95 @@ def test_statistics_are_those_of_all_batches_together():
     networks.statistics(SMALL, params, [])
 
 
-def test_a_key_draws_signs_and_dropout():
-  config = dataclasses.replace(
-    SMALL, weights='stochastic', activations='stochastic', dropout=(0.2, 0.5)
-  )
+def _drawn(**choices):
+  """Scores with the key of each seed, and without one."""
+  config = dataclasses.replace(SMALL, **choices)
   params = networks.init(config, jax.random.key(0))
-  run = lambda seed: np.asarray(
-    networks.apply(config, params, PIXELS, key=jax.random.key(seed)).scores
+  run = lambda key: np.asarray(
+    networks.apply(config, params, PIXELS, key=key).scores
   )
-  np.testing.assert_array_equal(run(0), run(0))
-  assert (run(0) != run(1)).any()
-  # Without one nothing is drawn: that of the deterministic network.
-  plain = networks.apply(SMALL, params, PIXELS).scores
-  still = networks.apply(config, params, PIXELS).scores
+  return [run(jax.random.key(seed)) for seed in (0, 0, 1)], run(None)
+
+
+@pytest.mark.parametrize(
+  'choices',
+  [
+    {'weights': 'stochastic'},
+    {'activations': 'stochastic'},
+    {'dropout': (0.2, 0.0)},
+    {'dropout': (0.0, 0.5)},
+  ],
+  ids=str,
+)
+def test_a_key_draws_signs_and_dropout(choices):
+  (one, again, other), still = _drawn(**choices)
+  np.testing.assert_array_equal(one, again)
+  assert (one != other).any()
+  assert (one != still).any()
+  # Without one nothing is drawn; drawn weights are then the real ones.
+  plain = networks.apply(
+    dataclasses.replace(
+      SMALL, weights='float' if 'weights' in choices else 'sign'
+    ),
+    networks.init(SMALL, jax.random.key(0)),
+    PIXELS,
+  ).scores
   np.testing.assert_array_equal(still, plain)
+
+
+def test_a_key_changes_nothing_where_nothing_is_drawn():
+  (one, _, other), still = _drawn()
+  np.testing.assert_array_equal(one, other)
+  np.testing.assert_array_equal(one, still)
+
+
+def test_dropout_leaves_out_its_share_and_keeps_the_mean():
+  x = jnp.ones((200, 500))
+  dropped = networks._dropped(x, 0.2, jax.random.key(0))
+  zero = float((dropped == 0).mean())
+  assert abs(zero - 0.2) < 4 * (0.2 * 0.8 / x.size) ** 0.5
+  np.testing.assert_allclose(np.unique(dropped), [0, 1.25])
+
+
+def test_each_estimator_has_its_own_gradient():
+  slopes = {}
+  for name in networks.ESTIMATORS:
+    config = dataclasses.replace(SMALL, estimator=name)
+    params = networks.init(config, jax.random.key(0))
+    slopes[name] = jax.grad(
+      lambda p, config=config: (
+        networks.apply(config, p, PIXELS).scores ** 3
+      ).sum()
+    )(params)['layer_0']['kernel']
+  names = list(slopes)
+  for place, one in enumerate(names):
+    for other in names[place + 1 :]:
+      assert (slopes[one] != slopes[other]).any()
+
+
+def test_a_pool_is_the_maximum():
+  y = jnp.arange(16.0).reshape(1, 4, 4, 1)
+  np.testing.assert_array_equal(networks.pool(y)[0, ..., 0], [[5, 7], [13, 15]])
+
+
+def test_real_weights_begin_as_glorot_has_them():
+  config = dataclasses.replace(SMALL, weights='float')
+  kernel = networks.init(config, jax.random.key(0))['layer_1']['kernel']
+  bound = (6 / (24 + 24)) ** 0.5
+  assert 0.9 * bound < float(jnp.abs(kernel).max()) <= bound
+  binary = networks.init(SMALL, jax.random.key(0))['layer_1']['kernel']
+  assert 0.9 < float(jnp.abs(binary).max()) <= 1
+
+
+def test_the_variance_of_a_shift_norm_is_a_mean_of_shifts():
+  config = dataclasses.replace(SMALL, norm='shift')
+  y = jnp.array([[0.0], [1.0], [5.0]])  # centred: -2, -1, 3
+  mean, variance = networks._moments(config, y)
+  np.testing.assert_allclose(mean, [2])
+  # 3 to the nearest power of two in logarithms is 4.
+  np.testing.assert_allclose(variance, [(2 * 2 + 1 * 1 + 3 * 4) / 3], rtol=1e-6)
+  exact = networks._moments(SMALL, y).variance
+  np.testing.assert_allclose(exact, [(4 + 1 + 9) / 3], rtol=1e-6)
 
 
 @pytest.mark.parametrize('norm', networks.NORMS)

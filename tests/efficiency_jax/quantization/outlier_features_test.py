@@ -95,5 +95,14 @@ def test_parts_of_text_and_padding_change_nothing():
 
 def test_nothing_to_look_at_is_an_error():
   apply, params = _planted(1.0)
-  with pytest.raises(ValueError, match='at least one batch'):
-    outlier_features.observe(apply, params, [])
+  tokens = np.zeros((1, 8), np.int32)
+  for batches in ([], [(tokens, tokens)]):
+    with pytest.raises(ValueError, match='at least one batch'):
+      outlier_features.observe(apply, params, batches)
+
+
+def test_activations_that_are_not_finite_are_an_error():
+  apply, params = _planted(np.nan)
+  tokens = np.ones((1, 8), np.int32)
+  with pytest.raises(ValueError, match='multiplies is not finite'):
+    outlier_features.observe(apply, params, [(tokens, tokens)])
