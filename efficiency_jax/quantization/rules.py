@@ -56,7 +56,7 @@ class LeafReport:
     shape: Of the weight.
     num_bytes: As it is stored now.
     bits_per_weight: The same, over the number of weights.
-    mean_error: Mean |w - w'| over mean |w|.
+    mean_error: Mean |w - w'| over mean |w|, where w' includes input scales.
     max_error: Largest |w - w'|.
     snr_db: 10 log10 of the sum of w^2 over that of (w - w')^2, infinite where
       nothing was lost.
@@ -198,6 +198,10 @@ def _stored(path: str, weight: jax.Array, method: Method, inputs):
 
 def _report(path, name, before, after) -> LeafReport:
   restored = leaves.dequantize(after).astype(jnp.float32)
+  if after.input_scales is not None:
+    # They multiply x before W does, so that both together stand for the weight.
+    scales = after.input_scales
+    restored *= scales if after.transposed else scales[:, None]
   numbers = _errors(before.astype(jnp.float32), restored)
   mean_error, max_error, signal, noise = map(float, numbers)
   outliers = after.outliers
