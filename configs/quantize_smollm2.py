@@ -8,9 +8,13 @@ for and everything below is re-quantized: losses are those of a second rounding.
 Perplexity is on three held-out texts together, in windows of 512 tokens; the
 intervals are of 95 % over windows.
 
-Two CPU cores and 4 GB of memory, an estimated two hours (not run yet).
-`:quick` after the file's name is the main steps on fewer tokens, `:tiny` a
-check of the machinery on random weights.
+Two CPU cores and 4 GB of memory, some 70 minutes. After the file's name:
+`:quick` is the same on 6,000 tokens and without questions, `:every` that for
+every recipe there is, `:tiny` a check of the machinery on random weights.
+
+Perplexity over float32's, measured: int8 weights 1.003, LLM.int8() 1.014,
+SmoothQuant 1.018, W8A8 1.038, NF4 1.436, AWQ int4 1.484, int4 1.707. In the
+paper on LLM.int8() a model of 125M has 25.83 against 25.65, 1.007.
 
 Fields:
   model, dtype: As those of configs/decode_smollm2.py.

@@ -103,7 +103,5 @@ def test_images_of_another_size_or_type():
     pixels.astype(np.float32),
     pixels[:, :, :-1],
   ):
-    with pytest.raises(
-      ValueError, match=r'uint8 \[B, 5, 7, 1\]'
-    ):
+    with pytest.raises(ValueError, match=r'uint8 \[B, 5, 7, 1\]'):
       folding.apply(DENSE, folded, wrong)
