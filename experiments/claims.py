@@ -103,20 +103,22 @@ def encoder(
     lost = 100 * (before['accuracy'] - after['accuracy'])
     says = 'GOBO in 3 bits loses at most one point (GOBO)'
     found.append(claim(says, lost <= 1, f'{lost:.2f} points'))
-  for name in [n.removesuffix(', trained') for n in by_name]:
-    if f'{name}, trained' in by_name:
-      whole, rounded, trained = (
-        100 * by_name[key]['accuracy']
-        for key in ('fine-tuned', f'{name}, rounded', f'{name}, trained')
+  for name in by_name:
+    method = name.removesuffix(', trained')
+    if method == name:
+      continue
+    whole, rounded, trained = (
+      100 * by_name[key]['accuracy']
+      for key in ('fine-tuned', f'{method}, rounded', name)
+    )
+    found.append(
+      claim(
+        f'{method}: training wins back most of what rounding loses',
+        trained - rounded > (whole - rounded) / 2 > 0,
+        f'rounded {rounded - whole:+.2f} points, trained'
+        f' {trained - whole:+.2f}',
       )
-      found.append(
-        claim(
-          f'{name}: training wins back most of what rounding loses',
-          trained - rounded > (whole - rounded) / 2 > 0,
-          f'rounded {rounded - whole:+.2f} points, trained'
-          f' {trained - whole:+.2f}',
-        )
-      )
+    )
   if shared:
     uniform, better, _ = shared
     found.append(
