@@ -10,22 +10,16 @@ of one matrix by method.
 """
 
 from collections.abc import Sequence
-import dataclasses
 import sys
 
 import ml_collections
-import numpy as np
 
-from efficiency_jax.leaves import Activation
-from efficiency_jax.models import transformer
-from efficiency_jax.quantization import outlier_features
 from efficiency_jax.quantization import recipes
-from efficiency_jax.quantization import rules
-from efficiency_jax.quantization.absmax import Integers
 from experiments import display
 from experiments import inputs
 from experiments import launch
 from experiments import outlier_figures
+from experiments import outlier_rows as rows_of
 from experiments import quantize_rows
 from experiments import workdir as workdirs
 
@@ -41,12 +35,14 @@ def experiment(
   kernel = f'layers_{config.layer}/ffn/gate_up/kernel'
   weights = outlier_figures.matrix(lm.params, kernel)
   known = quantize_rows.reference(lm, config)
-  found = features(lm, known.windows, config)
-  kinds = [kind_row(kind, one, config) for kind, one in found.items()]
+  found = rows_of.features(lm, known.windows, config)
+  kinds = [rows_of.kind_row(kind, one, config) for kind, one in found.items()]
   sweep = []
   for threshold in display.track(config.thresholds, 'thresholds'):
     name = f'threshold {threshold:g}'
-    make = lambda t=threshold: threshold_row(lm, known, found, t, config)
+    make = lambda t=threshold: rows_of.threshold_row(
+      lm, known, found, t, config
+    )
     sweep.append(workdir.row(name, lambda n=name, m=make: {'method': n} | m()))
     workdir.log(sweep[-1])
   workdir.write_results(kinds + sweep)
@@ -62,49 +58,6 @@ def experiment(
   parts = [table.markdown() for table in tables]
   parts += [f'![{image.stem}]({image.name})' for image in images]
   workdir.write_report('\n\n'.join(parts))
-
-
-def features(lm, windows, config) -> dict[str, outlier_features.Features]:
-  """Activations of the very windows that perplexity is measured on."""
-  batches = zip(
-    *(
-      np.array_split(windows[name], -(-len(windows[name]) // config.batch))
-      for name in ('tokens', 'segments')
-    ),
-    strict=True,
-  )
-  apply = transformer.apply_fn(lm.config)
-  return outlier_features.observe(apply, lm.params, batches, config.threshold)
-
-
-def kind_row(
-  kind: str, found: outlier_features.Features, config
-) -> workdirs.Row:
-  """What a kind of product multiplies."""
-  outliers = found.outliers(config.layers_share, config.tokens_share)
-  return {
-    'method': kind,
-    'columns': found.share.shape[1],
-    'reached_in_a_layer': found.columns,
-    'outlier_features': len(outliers),
-    'which': ' '.join(map(str, outliers[:8])) or '-',
-    'share_of_numbers': float(found.share.mean()),
-    'largest': float(found.largest.max()),
-    'largest_in_layer': int(found.largest.max(1).argmax()),
-  }
-
-
-def threshold_row(lm, known, found, threshold: float, config) -> workdirs.Row:
-  """Perplexity of LLM.int8() with one threshold; inf is vector-wise int8."""
-  how = Activation(threshold=threshold, max_outliers=config.most)
-  method = Integers(bits=8, activation=how)
-  params, _ = rules.quantize(lm.params, recipes.every(method))
-  row = quantize_rows.measure_quality(
-    dataclasses.replace(lm, params=params), known, config
-  )
-  columns = np.concatenate([one.largest.reshape(-1) for one in found.values()])
-  share = float((columns >= threshold).mean())
-  return {'baseline': 'float32', 'share_of_columns': share, **row}
 
 
 def check(config: ml_collections.ConfigDict) -> None:
