@@ -48,7 +48,7 @@ def training(rows: Sequence[Mapping[str, Any]]) -> 'figures.Figure':
   axes.barh(
     range(len(rows)),
     [100 * row['accuracy'] for row in rows],
-    xerr=[100 * row['deviation'] for row in rows],
+    xerr=[100 * (row['deviation'] or 0.0) for row in rows],
     color=colours,
     capsize=3,
   )

@@ -112,24 +112,6 @@ class Tuning:
     return self.workdir.row(f'{name}, seed {self.seed}', make)
 
 
-def summary(rows: Sequence[Row]) -> list[Row]:
-  """Means over the seeds, with standard deviations of single runs."""
-  found = []
-  for method in dict.fromkeys(row['method'] for row in rows):
-    some = [row for row in rows if row['method'] == method]
-    accuracy = np.array([row['accuracy'] for row in some])
-    found.append(
-      {
-        'method': method,
-        'seeds': len(some),
-        'accuracy': float(accuracy.mean()),
-        'deviation': float(accuracy.std(ddof=len(some) > 1)),
-        'loss': float(np.mean([row['loss'] for row in some])),
-      }
-    )
-  return found
-
-
 def arrays(encoder: TextEncoder, of: Sequence[Sentence], length: int) -> Row:
   """Sentences as rows for `objectives.classification`, cut to `length`."""
   cut = dataclasses.replace(encoder, max_length=length)

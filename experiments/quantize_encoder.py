@@ -23,6 +23,7 @@ from experiments import encoder_figures
 from experiments import encoder_rows as rows_of
 from experiments import encoder_tuning
 from experiments import launch
+from experiments import seeds
 from experiments import workdir as workdirs
 
 
@@ -61,7 +62,9 @@ def experiment(
     if seed == config.seed:
       sensitivities, parts['shared'] = run.bits_by_layer()
   workdir.write_results([row for rows in parts.values() for row in rows])
-  parts['tuned'] = encoder_tuning.summary(parts['tuned'])
+  parts['tuned'] = seeds.summary(
+    parts['tuned'], ('accuracy', 'loss'), 'accuracy'
+  )
   parts['claims'] = claims.encoder(**parts)
   report(parts, sensitivities, workdir)
 

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import sys
 
 import ml_collections
-import numpy as np
 
 from experiments import bnn_figures
 from experiments import bnn_methods
 from experiments import bnn_rows as rows_of
 from experiments import display
 from experiments import launch
+from experiments import seeds
 from experiments import workdir as workdirs
 
 _COLUMNS = {
@@ -56,34 +56,14 @@ def experiment(
       rows.append(workdir.row(f'{method}, seed {seed}', make))
       workdir.log({k: v for k, v in rows[-1].items() if k != 'curve'})
   workdir.write_results(rows)
-  table = display.table(summary(rows), _COLUMNS)
+  fields = [f for f in _COLUMNS if f not in ('method', 'seeds', 'deviation')]
+  shown = seeds.summary(rows, fields, 'test_error')
+  table = display.table(shown, _COLUMNS)
   table.show()
   workdir.save_figure(bnn_figures.errors(rows), 'errors')
   names = ['errors', *dict.fromkeys(row['figure'] for row in rows)]
   images = [f'![{name}]({name}.png)' for name in names]
   workdir.write_report('\n\n'.join([table.markdown(), *images]))
-
-
-def summary(rows: Sequence[rows_of.Row]) -> list[rows_of.Row]:
-  """Means over the seeds; errors with the deviation of single runs."""
-  found = []
-  for method in dict.fromkeys(row['method'] for row in rows):
-    some = [row for row in rows if row['method'] == method]
-    mean = lambda field, some=some: float(np.mean([row[field] for row in some]))
-    errors = [row['test_error'] for row in some]
-    row = {
-      'method': method,
-      'seeds': len(some),
-      'deviation': float(np.std(errors, ddof=1)) if len(some) > 1 else None,
-      'bytes': some[0]['bytes'],
-    }
-    for field in _COLUMNS:
-      if field.endswith('_error') or field.startswith('milliseconds'):
-        row[field] = mean(field)
-    if 'folded_matches' in some[0]:
-      row['folded_matches'] = all(one['folded_matches'] for one in some)
-    found.append(row)
-  return found
 
 
 def check(config: ml_collections.ConfigDict) -> None:

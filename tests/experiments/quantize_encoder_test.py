@@ -5,7 +5,6 @@ import pathlib
 
 import pytest
 
-from experiments import encoder_tuning
 from experiments import quantize_encoder
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
@@ -58,23 +57,6 @@ def test_every_part_leaves_its_rows(tmp_path):
   before = (tmp_path / 'run/rows.jsonl').read_text()
   _run(tmp_path / 'run')  # reads everything back
   assert (tmp_path / 'run/rows.jsonl').read_text() == before
-
-
-def test_a_summary_has_means_and_deviations_over_seeds():
-  rows = [
-    {'method': 'a', 'accuracy': 0.7, 'loss': 1.0},
-    {'method': 'b', 'accuracy': 0.5, 'loss': 2.0},
-    {'method': 'a', 'accuracy': 0.9, 'loss': 3.0},
-  ]
-  a, b = encoder_tuning.summary(rows)
-  assert a == {
-    'method': 'a',
-    'seeds': 2,
-    'accuracy': pytest.approx(0.8),
-    'deviation': pytest.approx(0.2 / 2**0.5),
-    'loss': 2.0,
-  }
-  assert b['deviation'] == 0
 
 
 @pytest.mark.parametrize(

@@ -74,22 +74,6 @@ def test_other_ways_learn(name):
   assert best.error < 0.5  # by chance 0.9
 
 
-def test_a_summary_has_means_and_deviations():
-  row = lambda error, equal: {
-    'method': 'BNN',
-    'test_error': error,
-    'validation_error': error,
-    'bytes': 5,
-    'folded_matches': equal,
-    'milliseconds_batch_1': 1.0,
-    'milliseconds_batch_100': 2.0,
-  }
-  (found,) = train_bnn.summary([row(2.0, True), row(4.0, False)])
-  assert found['test_error'] == 3
-  assert found['deviation'] == pytest.approx(2**0.5)
-  assert found['folded_matches'] is False
-
-
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [
