@@ -26,6 +26,7 @@ from efficiency_jax.decoding.prefill import slots_for
 from efficiency_jax.io.pretrained import LanguageModel
 from efficiency_jax.models import cache as kv_cache
 from efficiency_jax.models import transformer
+from efficiency_jax.models import width
 from efficiency_jax.types import Params
 
 DRAFTERS = (
@@ -76,12 +77,20 @@ class Engine:
     Passes of different widths differ in the last bits of floats. A model that
     rounds its activations, or keys and values, to integers makes steps of such
     bits, so that with drafts its text is one of a model with the same weights,
-    and not token for token what single steps write.
+    and not token for token what single steps write: unless its bits do not
+    depend on the width (`models.width`), and drafts are chains.
     """
     rounds = leaves.rounds_activations(self.lm.params)
     rounds |= self.cache_dtype == jnp.int8
-    if rounds and self.decoder.schedule.lengths != (0,):
-      return 'none'
+    lengths = self.decoder.schedule.lengths
+    if rounds and lengths != (0,):
+      tree = self.decoder.drafter.tree
+      chains = all(tree(length).is_chain for length in lengths)
+      cache_dtype = self.cache_dtype or jnp.float32
+      if not chains or not width.is_independent(
+        self.lm.config, self.lm.params, cache_dtype
+      ):
+        return 'none'
     return self.decoder.verifier.guarantee
 
 
@@ -193,10 +202,10 @@ def _medusa(
 ) -> medusa.Medusa:
   if not isinstance(heads, medusa.TrainedHeads):
     raise ValueError("drafter 'medusa' needs heads=, trained for the target.")
-  width = heads.params['head_0']['block_0']['kernel'].shape[0]
-  if width != lm.config.width:
+  hidden = heads.params['head_0']['block_0']['kernel'].shape[0]
+  if hidden != lm.config.width:
     raise ValueError(
-      f'heads are for hidden states of {width}, those of {lm.name} have'
+      f'heads are for hidden states of {hidden}, those of {lm.name} have'
       f' {lm.config.width}: take heads trained for it.'
     )
   return medusa.Medusa(

@@ -36,7 +36,7 @@ from pallas_kernels.llvm_ir import number
 from pallas_kernels.llvm_ir import place
 
 # Emits one part of the work: a builder, static choices, pointers to the
-# arguments and the result, and which part it is (an i64).
+# arguments and the results, and which part it is (an i64).
 Emit = Callable[[Any, Any, Sequence[Any], Any], None]
 
 # Rounds that an idle thread looks for work before it sleeps: some 50 us, which
@@ -74,20 +74,22 @@ def call(
   emit: Emit,
   static: Any,
   args: Sequence[jax.Array],
-  result: jax.ShapeDtypeStruct,
+  result: jax.ShapeDtypeStruct | Sequence[jax.ShapeDtypeStruct],
   *,
   parts: int,
-) -> jax.Array:
+) -> jax.Array | list[jax.Array]:
   """The result of a kernel, in a program for a CPU where nothing is `missing`.
 
   Args:
     emit: A function of a module.
     static: Hashable; with `emit` it says which kernel it is.
     args: Arrays, which the kernel is given as pointers, rows first.
-    result: What it fills.
+    result: What it fills, one array or several.
     parts: Of the work, 1 or more.
   """
-  target = _register(emit, static, len(args), parts)
+  one = isinstance(result, jax.ShapeDtypeStruct)
+  results = 1 if one else len(result)
+  target = _register(emit, static, len(args), results, parts)
   # A batch is rare here (a test that maps over models): one after another.
   run = jax.ffi.ffi_call(target, result, vmap_method='sequential')
   return run(*args)
@@ -97,13 +99,16 @@ def call(
 
 
 @functools.cache
-def _register(emit: Emit, static: Any, num_args: int, parts: int) -> str:
+def _register(
+  emit: Emit, static: Any, num_args: int, num_results: int, parts: int
+) -> str:
   """Compiles a kernel and tells XLA of it; the name that XLA knows it by."""
-  what = f'{emit.__module__}.{emit.__qualname__} {static} {num_args} {parts}'
+  sizes = f'{num_args} {num_results} {parts}'
+  what = f'{emit.__module__}.{emit.__qualname__} {static} {sizes}'
   name = f'llvm_cpu_{hashlib.sha256(what.encode()).hexdigest()[:16]}'
   module = ir.Module(name)
-  work = _part_function(module, emit, static, num_args + 1)
-  _handler(module, work, num_args, parts)
+  work = _part_function(module, emit, static, num_args + num_results)
+  _handler(module, work, num_args, num_results, parts)
   _team()
   address = _compiled(module).get_function_address('handler')
   capsule = ctypes.pythonapi.PyCapsule_New
@@ -137,7 +142,7 @@ _KIND_OF_EXTENSION, _METADATA_OF_EXTENSION = 8, 24
 _MAJOR_OF_METADATA, _MINOR_OF_METADATA = 24, 28
 
 
-def _handler(module, part, num_args: int, parts: int) -> None:
+def _handler(module, part, num_args: int, num_results: int, parts: int) -> None:
   """`XLA_FFI_Error* handler(XLA_FFI_CallFrame*)`; null is success."""
   pointer, i32, i64 = ir.PointerType(), ir.IntType(32), ir.IntType(64)
   handler = ir.Function(module, ir.FunctionType(pointer, [pointer]), 'handler')
@@ -163,8 +168,9 @@ def _handler(module, part, num_args: int, parts: int) -> None:
         builder.store(version, place(builder, metadata, offset, ir.IntType(8)))
       builder.ret(success)
 
-  pointers = builder.alloca(pointer, num_args + 1)
-  buffers = [('arguments', i) for i in range(num_args)] + [('results', 0)]
+  pointers = builder.alloca(pointer, num_args + num_results)
+  buffers = [('arguments', i) for i in range(num_args)]
+  buffers += [('results', i) for i in range(num_results)]
   for slot, (which, i) in enumerate(buffers):
     listed = field(frame, _FRAME[which])
     buffer = builder.load(place(builder, listed, i, pointer), typ=pointer)

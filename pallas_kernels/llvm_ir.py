@@ -189,6 +189,11 @@ def least(builder, a: Value, b: Value) -> Value:
   return builder.select(builder.icmp_signed('<', a, b), a, b)
 
 
+def most(builder, a: Value, b: Value) -> Value:
+  """The larger one of two integers."""
+  return builder.select(builder.icmp_signed('<', a, b), b, a)
+
+
 def vector_of(kind: Type = f32) -> Type:
   """The type of a vector."""
   return ir.VectorType(kind, lanes())
@@ -204,6 +209,13 @@ def spread(builder, value: Value) -> Value:
   some = ir.Constant(vector_of(value.type), ir.Undefined)
   first = builder.insert_element(some, value, ir.Constant(i32, 0))
   return shuffle(builder, first, some, [0] * lanes())
+
+
+def ramp(builder, start: Value) -> Value:
+  """A vector of i32 that counts from `start`, an i64, on."""
+  steps = ir.Constant(vector_of(i32), list(range(lanes())))
+  start = spread(builder, builder.trunc(start, i32))
+  return builder.add(start, steps)
 
 
 def shuffle(builder, a: Value, b: Value, order: Sequence[int]) -> Value:
@@ -282,6 +294,64 @@ def total(builder, vector: Value) -> Value:
   return _call(
     builder, name, f32, (constant(0.0), vector), fastmath=('reassoc',)
   )
+
+
+def totals(builder, vectors: Sequence[Value]) -> Value:
+  """The sums of as many vectors as one has lanes, as a vector in their order.
+
+  Neighbours are added in each step, so that two vectors become one:
+
+      a0 a1 a2 a3   b0 b1 b2 b3   ->   a0+a1 a2+a3 b0+b1 b2+b3
+  """
+  while len(vectors) > 1:
+    pairs = zip(vectors[::2], vectors[1::2], strict=True)
+    vectors = [_neighbours(builder, a, b) for a, b in pairs]
+  return vectors[0]
+
+
+def _neighbours(builder, a: Value, b: Value) -> Value:
+  even, odd = (range(i, 2 * lanes(), 2) for i in (0, 1))
+  return builder.fadd(shuffle(builder, a, b, even), shuffle(builder, a, b, odd))
+
+
+# e^x = 2^n e^r, |r| <= log(2) / 2; log(2) is subtracted in two parts, of which
+# the first has few digits, and e^r - 1 - r is r^2 times a polynomial (Cephes).
+_LOG2 = (0.693359375, -2.12194440e-4)
+_EXP = (
+  1.9875691500e-4,
+  1.3981999507e-3,
+  8.3334519073e-3,
+  4.1665795894e-2,
+  1.6666665459e-1,
+  5.0000001201e-1,
+)
+_EXP_LEAST = -87.33  # below, float32 would have less than its digits
+
+
+def exp(builder, x: Value) -> Value:
+  """e^x of a vector of numbers that are at most 0, within 2 units.
+
+  It is 0 below -87.33, as for -inf, and NaN for NaN.
+  """
+  every = lambda value: spread(builder, constant(value))
+  small = builder.fcmp_ordered('<', x, every(_EXP_LEAST))
+  x = builder.select(small, every(_EXP_LEAST), x)
+  n = apply(builder, 'rint', builder.fmul(x, every(1.4426950408889634)))
+  for part in _LOG2:
+    x = apply(builder, 'fma', n, every(-part), x)
+  first, *others = map(every, _EXP)
+  polynomial = first
+  for coefficient in others:
+    polynomial = apply(builder, 'fma', polynomial, x, coefficient)
+  square = builder.fmul(x, x)
+  y = apply(builder, 'fma', polynomial, square, x)
+  y = builder.fadd(y, every(1.0))
+  # The bits of 2^n.
+  exponent = builder.fptosi(n, vector_of(i32))
+  exponent = builder.add(exponent, spread(builder, constant(127, i32)))
+  exponent = builder.shl(exponent, spread(builder, constant(23, i32)))
+  y = builder.fmul(y, builder.bitcast(exponent, vector_of()))
+  return builder.select(small, zeros(), y)
 
 
 def dot4(builder, sums: Value, unsigned: Value, signed: Value) -> Value:

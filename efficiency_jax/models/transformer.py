@@ -31,6 +31,7 @@ from efficiency_jax.types import Cache
 from efficiency_jax.types import ModelOutput
 from efficiency_jax.types import Params
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.rms_norm.api import rms_norm
 
 
 class Linear(nn.Module):
@@ -59,12 +60,8 @@ class RMSNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     ones = nn.initializers.zeros if self.plus_one else nn.initializers.ones
     scale = _leaf(self, 'scale', ones, (x.shape[-1],)).astype(jnp.float32)
-    x32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-    x32 = x32 * jax.lax.rsqrt(mean_square + self.epsilon)
     scale = 1.0 + scale if self.plus_one else scale
-    scale = jnp.expand_dims(scale, range(x.ndim - 1))
-    return (x32 * scale).astype(x.dtype)
+    return rms_norm(x, scale, epsilon=self.epsilon)
 
 
 class Attention(nn.Module):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels import masks
 from pallas_kernels.decode_attention import blockwise
+from pallas_kernels.decode_attention import llvm_cpu
 from pallas_kernels.decode_attention import mosaic_gpu
 from pallas_kernels.decode_attention import mosaic_tpu
 from pallas_kernels.decode_attention import reference
@@ -22,6 +23,7 @@ IMPLEMENTATIONS = {
   'blockwise': blockwise.attention,
   'mosaic_tpu': mosaic_tpu.attention,
   'mosaic_gpu': mosaic_gpu.attention,
+  'llvm_cpu': llvm_cpu.attention,
 }
 
 
@@ -66,7 +68,7 @@ def decode_attention(
       with more cores than there are rows and key heads; None is the
       implementation's choice.
     implementation: See `dispatch`: 'reference', 'blockwise', 'mosaic_tpu',
-      'mosaic_gpu', or None.
+      'mosaic_gpu', 'llvm_cpu', or None.
 
   Returns:
     Out [B, T, H, Dv] in the dtype of q and log-sum-exp [B, H, T] float32.

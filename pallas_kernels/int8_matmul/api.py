@@ -86,8 +86,7 @@ def int8_matmul(
     x_scales: [...] float32, one a row; given if and only if x is int8.
     out_dtype: Of the result.
     implementation: See `dispatch`: 'reference', 'blockwise', 'mosaic_tpu' and
-      'mosaic_gpu' (int8 w with a scale a column), 'llvm_cpu' (1 to 16 rows), or
-      None.
+      'mosaic_gpu' (int8 w with a scale a column), 'llvm_cpu', or None.
 
   Returns:
     [..., N] in `out_dtype`.

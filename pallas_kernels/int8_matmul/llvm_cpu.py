@@ -11,16 +11,19 @@ float32. These lie as the interleaved weights do, and are put in order when the
 last group is done. A single group is cut into blocks, and the sums are int32.
 
 The registers hold the sums of six rows; where there are more, the first six
-leave the tile of weights on the stack as it was interleaved.
+leave the tile of weights on the stack as it was interleaved. More than 32
+take turns.
 
 Rows of floats are quantized by every part for itself: that is less work than to
 wait for one another.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from pallas_kernels import llvm_cpu
@@ -28,7 +31,7 @@ from pallas_kernels import llvm_ir as ll
 from pallas_kernels.dequant_matmul import formats
 from pallas_kernels.int8_matmul import reference
 
-MOST_ROWS = 16
+_MOST_ROWS = 32  # of a call
 # What a thread has on its stack: quantized rows, and a tile of weights.
 _MOST_VALUES = 2**18
 _MOST_BLOCK = 2**13
@@ -88,8 +91,8 @@ def int8_matmul(
   """(q @ w) s_x, [M, N]; see `api`.
 
   Raises:
-    NotImplementedError: For more than 16 rows, for sizes that do not fill
-      tiles, and where there is no VNNI or nothing can be compiled.
+    NotImplementedError: For no rows, for sizes that do not fill tiles, and
+      where there is no VNNI or nothing can be compiled.
   """
   (rows, inner), columns = x.shape, w.shape[1]
   groups = len(jnp.atleast_2d(w_scales))
@@ -97,10 +100,10 @@ def int8_matmul(
     raise NotImplementedError(reason)
   if not ll.has('avx512vnni'):
     raise NotImplementedError('this processor has no AVX-512 VNNI')
-  if not 1 <= rows <= MOST_ROWS or rows * inner > _MOST_VALUES:
+  most = min(_MOST_ROWS, _MOST_VALUES // max(inner, 1))
+  if not rows or not most:
     raise NotImplementedError(
-      f'{rows} rows of {inner} are not 1 to {MOST_ROWS} rows of'
-      f' {_MOST_VALUES} numbers together'
+      f'{rows} rows of {inner} are none, or longer than {_MOST_VALUES}'
     )
   if rows > _ROWS and groups > 1 and inner // groups > _MOST_BLOCK:
     raise NotImplementedError(
@@ -112,6 +115,25 @@ def int8_matmul(
       f'[{inner}, {columns}] in {groups} groups is not of multiples of'
       f' {ll.lanes()} and {_COLUMNS}'
     )
+  few = functools.partial(_few_rows, w, w_scales, w_offsets)
+  if rows <= most:
+    return few(x, x_scales).astype(out_dtype)
+  # Turns of nearly equal size, of few sizes because each is compiled; what
+  # fills the last one up is not read.
+  turns = -(-rows // most)
+  size = min(most, -(-rows // (8 * turns)) * 8)
+  cut = lambda of: jnp.pad(
+    of, [(0, turns * size - rows)] + [(0, 0)] * (of.ndim - 1)
+  ).reshape(turns, size, *of.shape[1:])
+  turned = jax.tree.map(cut, (x, x_scales))
+  out = lax.map(lambda part: few(*part).astype(out_dtype), turned)
+  return out.reshape(turns * size, columns)[:rows]
+
+
+def _few_rows(w, w_scales, w_offsets, x, x_scales) -> jax.Array:
+  """The product in float32, by one call."""
+  (rows, inner), columns = x.shape, w.shape[1]
+  groups = len(jnp.atleast_2d(w_scales))
   # float16 stays as narrow as it is stored.
   stored = lambda of: of if of.dtype == jnp.float16 else of.astype(jnp.float32)
   weight = [w, *(stored(of) for of in (w_scales, w_offsets) if of is not None)]
@@ -136,7 +158,7 @@ def int8_matmul(
     args,
     jax.ShapeDtypeStruct((rows, columns), jnp.float32),
     parts=product.parts,
-  ).astype(out_dtype)
+  )
 
 
 class _Memory(NamedTuple):

@@ -11,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import llvm_cpu
 from pallas_kernels.attention import api as flash
 from pallas_kernels.decode_attention import api
 from pallas_kernels.decode_attention import blockwise
 from pallas_kernels.decode_attention import mosaic_tpu
 
-RUNNABLE = ('reference', 'blockwise', 'interpreted')
+RUNNABLE = ('reference', 'blockwise', 'interpreted') + (
+  () if llvm_cpu.missing() else ('llvm_cpu',)
+)
 #      0
 #     / \      A tree of tokens, by the parent of each.
 #    1   2
@@ -48,7 +51,7 @@ CASES = {
     'time': 6,
     'length': (131, 4),
   },
-  'wide values': {'widths': (16, 40), 'time': 2},
+  'wide values': {'widths': (16, 48), 'time': 2},
 }
 
 
@@ -72,7 +75,7 @@ def _case(
   time=1,
   slots=256,
   heads=(2, 2),
-  widths=(8, 8),
+  widths=(16, 16),
   length=(201, 37),
   int8=False,
   tree=None,
@@ -166,6 +169,10 @@ def _error(got, exact):
 @pytest.mark.parametrize('case', CASES)
 def test_output_and_log_sum_exp(name, case):
   arrays, options = _case(**CASES[case])
+  if name == 'llvm_cpu' and {'softcap', 'splits'} & options.keys():
+    with pytest.raises(NotImplementedError, match='not soft-capped'):
+      _run(name, arrays, options)
+    return
   out, lse = _run(name, arrays, options)
   assert out.dtype == arrays[0].dtype
   assert lse.dtype == jnp.float32
@@ -179,12 +186,12 @@ def test_narrow_inputs_lose_no_more_than_a_product_of_that_dtype(dtype):
   arrays, options = _case(dtype=dtype, length=(256, 256), time=4)
   exact = _exact(arrays, options)
   q, k, v, _ = arrays
-  scores = jnp.einsum('bthd,bhsd->bhts', q, k).astype(jnp.float32) * 8**-0.5
+  scores = jnp.einsum('bthd,bhsd->bhts', q, k).astype(jnp.float32) * 16**-0.5
   mask = np.arange(256)[None] <= np.arange(252, 256)[:, None]
   weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf)).astype(dtype)
   same_dtype = jnp.einsum('bhts,bhsd->bthd', weights, v)
   allowed = 2 * _error(same_dtype, exact[0])
-  names = RUNNABLE[1:] if dtype == jnp.bfloat16 else ('blockwise',)
+  names = ('blockwise', 'interpreted')[: 2 if dtype == jnp.bfloat16 else 1]
   for name in names:
     out, lse = _run(name, arrays, options)
     assert out.dtype == dtype

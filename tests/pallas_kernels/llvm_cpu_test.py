@@ -30,6 +30,31 @@ def _emit_sum(builder, width, pointers, part):
   ll.store(builder, total, ll.place(builder, out, part))
 
 
+def _emit_exp(builder, size, pointers, part):
+  x, out = pointers
+  with ll.count(builder, 0, size, ll.lanes()) as i:
+    value = ll.load_vector(builder, ll.place(builder, x, i))
+    ll.store(builder, ll.exp(builder, value), ll.place(builder, out, i))
+
+
+def _emit_totals(builder, size, pointers, part):
+  x, out = pointers
+  rows = [
+    ll.load_vector(builder, ll.place(builder, x, i * ll.lanes()))
+    for i in range(ll.lanes())
+  ]
+  ll.store(builder, ll.totals(builder, rows), out)
+
+
+def _emit_both(builder, size, pointers, part):
+  """A result of the sum, and one of the maximum, of a vector."""
+  x, total, largest = pointers
+  value = ll.load_vector(builder, x)
+  ll.store(builder, ll.total(builder, value), total)
+  most = ll.apply(builder, 'vector.reduce.fmax', value)
+  ll.store(builder, most, largest)
+
+
 def _sums(x):
   parts, width = x.shape
   result = jax.ShapeDtypeStruct((parts,), jnp.float32)
@@ -41,6 +66,33 @@ def _rows(parts, width=64):
   x = x.astype(np.float32)
   x[0, 0] = 1  # what all vectors are multiplied with
   return x
+
+
+def test_exp_is_right_within_two_units():
+  x = -np.geomspace(1e-8, 87.3, 4096, dtype=np.float32)
+  special = [0, -87.4, -1e30, -np.inf, np.nan] + [0] * 11
+  x = np.concatenate([x, np.asarray(special, np.float32)])
+  result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+  found = llvm_cpu.call(_emit_exp, x.size, (x,), result, parts=1)
+  exact = np.exp(x[:4096].astype(np.float64))
+  unit = np.spacing(exact.astype(np.float32))
+  assert (np.abs(found[:4096] - exact) <= 2 * unit).all()
+  np.testing.assert_array_equal(found[4096:4101], [1, 0, 0, 0, np.nan])
+
+
+def test_totals_are_the_sums_of_vectors_in_order():
+  lanes = ll.lanes()
+  x = np.arange(lanes * lanes, dtype=np.float32).reshape(lanes, lanes) ** 2
+  result = jax.ShapeDtypeStruct((lanes,), jnp.float32)
+  found = llvm_cpu.call(_emit_totals, None, (x,), result, parts=1)
+  np.testing.assert_array_equal(found, x.sum(1))
+
+
+def test_a_kernel_may_have_several_results():
+  x = np.arange(ll.lanes(), dtype=np.float32)
+  one = jax.ShapeDtypeStruct((), jnp.float32)
+  found = llvm_cpu.call(_emit_both, None, (x,), (one, one), parts=1)
+  assert [float(value) for value in found] == [x.sum(), x.max()]
 
 
 @pytest.mark.parametrize('parts', [1, 2, 3, 64, 1000])

@@ -1,0 +1,1 @@
+"""RMS norms whose rows are summed in one order: see `api`."""
