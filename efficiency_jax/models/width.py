@@ -2,8 +2,8 @@
 
 Mostly it does not: XLA sums the rows of a product, of a norm and of attention
 in an order that follows their number, and the last bits of floats differ. That
-is no harm, until activations or the cache are rounded to integers: a last bit may
-turn a rounding, and such a step goes on through the model.
+is no harm, until activations or the cache are rounded to integers: a last bit
+may turn a rounding, and such a step goes on through the model.
 
 On a CPU with kernels of our own (`pallas_kernels.llvm_cpu`) nothing of a model
 in integers depends on the number of rows: sums of integers are exact, and the
