@@ -204,8 +204,6 @@ def quantized_activations(
   return jnp.clip(values, -largest, largest).astype(jnp.int8), x_scales
 
 
-# Parts of the inner axis that a one-row product is summed from on a CPU.
-_PARTS = 4
 # Rows up to which a product takes as long as reading its weights.
 _FEW = 16
 
@@ -215,15 +213,9 @@ def _dot(x: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
   rows = x.reshape(-1, x.shape[-1])
   transposed = contract == 1
   product = functools.partial(reference.narrow_matmul, transposed=transposed)
-  one_row = rows.shape[0] == 1 and contract == 0
   # A narrow weight must not be widened whole.
   wide = x.dtype == weight.dtype == jnp.float32
-  if one_row and wide and x.shape[-1] % _PARTS == 0:
-    y = lax.platform_dependent(
-      rows, weight, cpu=_product_in_parts, default=product
-    )
-    return y.reshape(*x.shape[:-1], -1)
-  if wide and 2 <= rows.shape[0] <= _FEW:
+  if wide and 1 <= rows.shape[0] <= _FEW:
     y = narrow_matmul(rows, weight, transposed=transposed)
     return y.reshape(*x.shape[:-1], -1)
   # XLA turns a one-row product of narrow operands into a matrix-vector product
@@ -233,14 +225,3 @@ def _dot(x: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
     rows = jnp.concatenate([rows, rows])
   y = product(rows, weight)
   return (y[:1] if pad else y).reshape(*x.shape[:-1], -1)
-
-
-def _product_in_parts(row: jax.Array, weight: jax.Array) -> jax.Array:
-  """[1, I] times [I, O] as a sum over parts of I.
-
-  XLA reads the weights of a batch of matrix-vector products faster than those
-  of a single one on two CPU cores (DESIGN.md).
-  """
-  row = row.reshape(1, _PARTS, -1)
-  weight = weight.reshape(_PARTS, -1, weight.shape[1])
-  return jnp.einsum('tpi,pio->pto', row, weight).sum(0)

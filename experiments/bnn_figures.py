@@ -12,6 +12,7 @@ if TYPE_CHECKING:
   from matplotlib import figure as figures
 
 _FILTERS = 12
+_BINS = 60
 
 
 def errors(rows: Sequence[Mapping[str, Any]]) -> 'figures.Figure':
@@ -33,21 +34,35 @@ def errors(rows: Sequence[Mapping[str, Any]]) -> 'figures.Figure':
 
 
 def weights(
-  method: str, params: Params, image: tuple[int, int, int]
+  method: str,
+  history: Sequence[Mapping[str, np.ndarray]],
+  params: Params,
+  image: tuple[int, int, int],
 ) -> 'figures.Figure':
-  """Latent weights of every layer, and filters of the first as images."""
-  layers = list(params.items())
-  figure, axes = display.figure(9.0, 4.0, nrows=2, ncols=max(len(layers), 2))
-  for axis, (name, leaf) in zip(axes[0], layers, strict=False):
-    axis.hist(np.ravel(leaf['kernel']), bins=80, color='#1f6fb4')
-    axis.set_title(name, fontsize=8)
+  """Latent weights of every layer by epoch, and filters of the first layer.
+
+  Args:
+    method: The title.
+    history: Some weights of every layer, before training and after each epoch.
+    params: Of the epoch that was kept.
+    image: Height, width and channels.
+  """
+  layers = list(params)
+  figure, axes = display.figure(9.0, 5.5, nrows=3, ncols=max(len(layers), 2))
+  for axis in axes.flat:
+    axis.set_axis_off()
+  for column, name in enumerate(layers):
+    values = np.stack([epoch[name] for epoch in history])
+    _by_epoch(axes[0][column], values)
+    axes[0][column].set_title(name, fontsize=8)
+    axis = axes[1][column]
+    axis.set_axis_on()
+    axis.hist(np.ravel(params[name]['kernel']), bins=80, color='#1f6fb4')
     axis.set_yticks([])
     axis.tick_params(labelsize=7)
-  for axis in axes[0][len(layers) :]:
-    axis.set_axis_off()
-  for axis in axes[1]:
-    axis.set_axis_off()
-  kernel = np.asarray(layers[0][1]['kernel'])
+    axis.set_xlabel('weight, epoch kept', fontsize=7)
+  axes[0][0].set_ylabel('weight', fontsize=7)
+  kernel = np.asarray(params[layers[0]]['kernel'])
   shape = kernel.shape[:3] if kernel.ndim == 4 else image
   tiles = kernel[..., :_FILTERS].reshape(*shape, -1).mean(2)
   line = np.concatenate(
@@ -56,9 +71,26 @@ def weights(
     ],
     axis=1,
   )
-  wide = figure.add_subplot(2, 1, 2)
+  wide = figure.add_subplot(3, 1, 3)
   wide.imshow(line, cmap='gray', interpolation='none')
   wide.set_axis_off()
   wide.set_title('filters of the first layer, latent', fontsize=8)
   figure.suptitle(method, fontsize=10)
   return figure
+
+
+def _by_epoch(axis, values: np.ndarray) -> None:
+  """Histograms of values [epochs, n] side by side, logarithms of counts."""
+  largest = float(np.abs(values).max()) or 1.0
+  edges = np.linspace(-largest, largest, _BINS + 1)
+  counts = [np.histogram(epoch, edges)[0] for epoch in values]
+  axis.set_axis_on()
+  axis.imshow(
+    np.log1p(np.transpose(counts)),
+    aspect='auto',
+    origin='lower',
+    cmap='Blues',
+    extent=(-0.5, len(values) - 0.5, -largest, largest),
+  )
+  axis.set_xlabel('epoch', fontsize=7)
+  axis.tick_params(labelsize=7)

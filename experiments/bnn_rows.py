@@ -24,6 +24,7 @@ from experiments import bnn_methods
 from experiments import short_training
 
 _BATCH = 500  # images at a time where nothing is trained
+_SAMPLE = 2000  # weights of a layer that are looked at after every epoch
 
 Row = dict[str, Any]
 
@@ -39,12 +40,17 @@ def load(config) -> images.Splits:
 
 @dataclasses.dataclass
 class Best:
-  """What was best by validation so far, and the error after every epoch."""
+  """What was best by validation so far, and what was after every epoch.
+
+  `curve` are errors, and `weights` some latent weights of every layer, the same
+  ones each time; the first are those before any training.
+  """
 
   error: float = math.inf
   epoch: int = 0
   params: Params | None = None
   curve: list[float] = dataclasses.field(default_factory=list)
+  weights: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
 
 
 def train(
@@ -68,12 +74,13 @@ def train(
   optimizer = _optimizer(network, method, config, each * config.epochs)
   loss = objectives.binarized(network, seed)
   params = networks.init(network, jax.random.key(seed))
-  best = Best()
+  best = Best(weights=[_some_weights(params)])
 
   def evaluate(params, frozen):
     del frozen
     error = wrong(network, params, data.train, data.validation)
     best.curve.append(error)
+    best.weights.append(_some_weights(params))
     if error < best.error:
       # The step will write over these.
       best.params = jax.tree.map(jnp.array, params)
@@ -88,6 +95,15 @@ def train(
     evaluate=evaluate,
   )
   return best
+
+
+def _some_weights(params: Params) -> dict[str, np.ndarray]:
+  """Weights of every layer, evenly spread over its kernel."""
+  kernels = {name: np.ravel(leaf['kernel']) for name, leaf in params.items()}
+  return {
+    name: kernel[:: -(-kernel.size // _SAMPLE)]
+    for name, kernel in kernels.items()
+  }
 
 
 def _optimizer(network, method: bnn_methods.Method, config, total: int):
@@ -157,7 +173,7 @@ def wrong(network, params, train_set: Images, of: Images) -> float:
 
 def measure(
   method: str, seed: int, data: images.Splits, config, path: pathlib.Path
-) -> tuple[Row, Params]:
+) -> tuple[Row, Best]:
   """Trains by a method, measures what it would be used as, and saves that.
 
   Networks of signs are used folded; what is measured is the saved file.
@@ -194,7 +210,7 @@ def measure(
     pixels = jnp.asarray(np.resize(data.test.pixels, (size, *network.image)))
     timing = speed.measure(run, pixels, repeats=config.repeats)
     row[f'milliseconds_batch_{size}'] = 1000 * timing.median_seconds
-  return row, best.params
+  return row, best
 
 
 def _bytes(network: networks.Config, params: Params) -> int:

@@ -5,7 +5,7 @@
 
 A row a method and seed: errors, bytes as used, whether the folded network
 predicts the same for every image there is, and milliseconds. Figures: error by
-epoch, latent weights, filters of the first layer.
+epoch, latent weights by epoch, filters of the first layer.
 """
 
 from collections.abc import Sequence
@@ -47,9 +47,9 @@ def experiment(
 
       def make(method=method, seed=seed, file=file):
         path = workdir.path / f'{file}_{seed}.safetensors'
-        row, params = rows_of.measure(method, seed, data, config, path)
+        row, best = rows_of.measure(method, seed, data, config, path)
         image = data.train.pixels.shape[1:]
-        figure = bnn_figures.weights(method, params, image)
+        figure = bnn_figures.weights(method, best.weights, best.params, image)
         workdir.save_figure(figure, f'weights_of_{file}')
         return {**row, 'figure': f'weights_of_{file}'}
 

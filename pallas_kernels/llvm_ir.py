@@ -266,6 +266,23 @@ def load_bytes(builder, address: Value) -> Value:
   return builder.load(address, typ=ir.VectorType(i8, 64), align=1)
 
 
+def load_first(builder, address: Value, size: int, kind: Type = f32) -> Value:
+  """The first numbers of a vector, then zeros; nothing beyond them is read."""
+  mask = ir.Constant(
+    vector_of(ir.IntType(1)), [i < size for i in range(lanes())]
+  )
+  args = address, constant(1, i32), mask, zeros(kind)
+  name = f'masked.load.{_suffix(vector_of(kind))}.p0'
+  return _call(builder, name, vector_of(kind), args)
+
+
+def store_where(builder, value: Value, address: Value, mask: Value) -> None:
+  """Writes those numbers of a vector for which a vector of i1 is true."""
+  name = f'masked.store.{_suffix(value.type)}.p0'
+  args = value, address, constant(1, i32), mask
+  _call(builder, name, ir.VoidType(), args)
+
+
 def store(builder, value: Value, address: Value) -> None:
   """Writes a number or a vector."""
   builder.store(value, address, align=1)
@@ -310,8 +327,9 @@ def totals(builder, vectors: Sequence[Value]) -> Value:
 
 
 def _neighbours(builder, a: Value, b: Value) -> Value:
-  even, odd = (range(i, 2 * lanes(), 2) for i in (0, 1))
-  return builder.fadd(shuffle(builder, a, b, even), shuffle(builder, a, b, odd))
+  even, odd = (shuffle(builder, a, b, range(i, 2 * lanes(), 2)) for i in (0, 1))
+  add = builder.fadd if a.type.element == f32 else builder.add
+  return add(even, odd)
 
 
 # e^x = 2^n e^r, |r| <= log(2) / 2; log(2) is subtracted in two parts, of which

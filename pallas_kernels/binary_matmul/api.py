@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.binary_matmul import blockwise
+from pallas_kernels.binary_matmul import llvm_cpu
 from pallas_kernels.binary_matmul import mosaic_gpu
 from pallas_kernels.binary_matmul import mosaic_tpu
 from pallas_kernels.binary_matmul import reference
@@ -26,6 +27,7 @@ IMPLEMENTATIONS = {
   'blockwise': blockwise.binary_matmul,
   'mosaic_tpu': mosaic_tpu.binary_matmul,
   'mosaic_gpu': mosaic_gpu.binary_matmul,
+  'llvm_cpu': llvm_cpu.binary_matmul,
 }
 
 
@@ -90,8 +92,8 @@ def binary_matmul(
     a: Signs of M rows, or of any number of leading axes.
     b: Signs of N rows.
     size: K, the number of signs of a row; static.
-    implementation: None, `blockwise`, `mosaic_tpu`, `mosaic_gpu`, `reference`,
-      or several of them in the order to try; see `dispatch`.
+    implementation: None, `blockwise`, `mosaic_tpu`, `mosaic_gpu`, `llvm_cpu`,
+      `reference`, or several of them in the order to try; see `dispatch`.
 
   Returns:
     [..., N] int32, exact for K below 2^31.

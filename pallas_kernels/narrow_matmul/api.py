@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.narrow_matmul import blockwise
 from pallas_kernels.narrow_matmul import llvm_cpu
 from pallas_kernels.narrow_matmul import reference
 
 IMPLEMENTATIONS = {
-  'blockwise': reference.narrow_matmul,
+  'reference': reference.narrow_matmul,
+  'blockwise': blockwise.narrow_matmul,
   'llvm_cpu': llvm_cpu.narrow_matmul,
 }
 

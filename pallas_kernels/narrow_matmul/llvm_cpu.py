@@ -9,8 +9,17 @@ eight) while it is in a register; all sums are in registers too.
     w [N, K]: a tile of out is M x 3 numbers; vectors of x and w are multiplied
               along k, and each sum is taken together at the end.
 
-The parts are ranges of columns, so a sum is always taken in the same order.
+The parts are ranges of columns. Up to four rows are bound by memory alone, and
+strips of columns are not how memory is read fastest: there the parts are ranges
+of k, and eight lines of w are read side by side, a vector of each at a time,
+
+    w [K, N], few rows: out_p += x[:, k .. k+7] w[k .. k+7],   out = sum_p out_p
+
+More rows sum up the same ranges of k and add these sums in their order, so that
+the bits of a row do not depend on how many there are.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +29,9 @@ from pallas_kernels import llvm_ir as ll
 
 MOST_ROWS = 16
 _ROWS = 8  # at a time
+# Up to so many rows w is read in runs: lines of it at a time, and how many
+# numbers ahead are asked for.
+_FEW, _DEPTH, _AHEAD = 4, 8, 512
 
 
 def narrow_matmul(x: jax.Array, w: jax.Array, *, transposed: bool) -> jax.Array:
@@ -45,13 +57,19 @@ def narrow_matmul(x: jax.Array, w: jax.Array, *, transposed: bool) -> jax.Array:
       f'[{rows}, {inner}] times [{inner}, {columns}] does not fill vectors'
     )
   parts = llvm_cpu.parts()
-  return llvm_cpu.call(
-    _emit_table if transposed else _emit,
+  call = lambda emit, *shape: llvm_cpu.call(
+    emit,
     (rows, inner, columns, parts),
     (x, w),
-    jax.ShapeDtypeStruct((rows, columns), jnp.float32),
+    jax.ShapeDtypeStruct(shape, jnp.float32),
     parts=parts,
   )
+  if transposed:
+    return call(_emit_table, rows, columns)
+  if rows <= _FEW:
+    sums = call(_emit_in_runs, parts, rows, columns)
+    return functools.reduce(jnp.add, sums)
+  return call(_emit, rows, columns)
 
 
 def _emit(builder, static, pointers, part) -> None:
@@ -59,30 +77,79 @@ def _emit(builder, static, pointers, part) -> None:
   rows, inner, columns, parts = static
   x, w, out = pointers
   lanes = ll.lanes()
+  depth = _divisor(inner, _DEPTH)
 
   def tile(column, vectors, group):
     sums = [(m, v) for m in group for v in range(vectors)]
+    places = [
+      _at(builder, out, column, m * columns + v * lanes) for m, v in sums
+    ]
     start = [ll.zeros() for _ in sums]
-    with ll.carry(builder, 0, inner, 1, start) as (k, carried, keep):
-      line = builder.mul(k, ll.number(columns))
-      line = builder.add(line, column)
-      weights = [
-        ll.load_vector(builder, _at(builder, w, line, v * lanes))
-        for v in range(vectors)
-      ]
-      values = {
-        m: ll.spread(builder, ll.load(builder, _at(builder, x, k, m * inner)))
-        for m in group
-      }
-      keep(
-        ll.apply(builder, 'fma', values[m], weights[v], carried[i])
-        for i, (m, v) in enumerate(sums)
-      )
-    for (m, v), value in zip(sums, carried, strict=True):
-      place = _at(builder, out, column, m * columns + v * lanes)
+    for place, value in zip(places, start, strict=True):
       ll.store(builder, value, place)
+    with ll.count(builder, 0, parts, 1) as some:
+      first, last = (
+        builder.mul(block, ll.number(depth))
+        for block in ll.share(builder, some, parts, inner // depth)
+      )
+      with ll.carry(builder, first, last, 1, start) as (k, carried, keep):
+        line = builder.mul(k, ll.number(columns))
+        line = builder.add(line, column)
+        weights = [
+          ll.load_vector(builder, _at(builder, w, line, v * lanes))
+          for v in range(vectors)
+        ]
+        values = {
+          m: ll.spread(builder, ll.load(builder, _at(builder, x, k, m * inner)))
+          for m in group
+        }
+        keep(
+          ll.apply(builder, 'fma', values[m], weights[v], carried[i])
+          for i, (m, v) in enumerate(sums)
+        )
+      for place, value in zip(places, carried, strict=True):
+        value = builder.fadd(ll.load_vector(builder, place), value)
+        ll.store(builder, value, place)
 
   _tiles(builder, part, parts, rows, columns, lanes, tile)
+
+
+def _emit_in_runs(builder, static, pointers, part) -> None:
+  """The sums over one part of the rows of w [K, N], for very few rows of x."""
+  rows, inner, columns, parts = static
+  x, w, out = pointers
+  lanes = ll.lanes()
+  depth = _divisor(inner, _DEPTH)
+  out = _at(builder, out, builder.mul(part, ll.number(rows * columns)), 0)
+  with ll.count(builder, 0, rows * columns, lanes) as i:
+    ll.store(builder, ll.zeros(), ll.place(builder, out, i))
+  first, last = ll.share(builder, part, parts, inner // depth)
+  with ll.count(builder, first, last, 1) as block:
+    k = builder.mul(block, ll.number(depth))
+    line = builder.mul(k, ll.number(columns))
+    with ll.count(builder, 0, columns, lanes) as column:
+      begin = builder.add(line, column)
+      places = [_at(builder, out, column, m * columns) for m in range(rows)]
+      sums = [ll.load_vector(builder, place) for place in places]
+      for d in range(depth):
+        place = _at(builder, w, begin, d * columns)
+        weights = ll.load_vector(builder, place)
+        ll.prefetch(builder, ll.place(builder, place, _AHEAD))
+        values = [
+          ll.load(builder, _at(builder, x, k, m * inner + d))
+          for m in range(rows)
+        ]
+        sums = [
+          ll.apply(builder, 'fma', ll.spread(builder, value), weights, total)
+          for value, total in zip(values, sums, strict=True)
+        ]
+      for place, total in zip(places, sums, strict=True):
+        ll.store(builder, total, place)
+
+
+def _divisor(of: int, most: int) -> int:
+  """The largest divisor that is at most `most`."""
+  return next(n for n in range(min(of, most), 0, -1) if of % n == 0)
 
 
 def _emit_table(builder, static, pointers, part) -> None:

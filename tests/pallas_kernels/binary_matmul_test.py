@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import llvm_cpu
+from pallas_kernels import llvm_ir
 from pallas_kernels.binary_matmul import api
 from pallas_kernels.binary_matmul import blockwise
 from pallas_kernels.binary_matmul import mosaic_tpu
@@ -21,9 +23,11 @@ INTERPRETED = {
   )
   for dtype in ('int8', 'bfloat16')
 }
-RUNNABLE = ('reference', 'blockwise', *INTERPRETED)
+COUNTS = not llvm_cpu.missing() and llvm_ir.has('avx512vpopcntdq')
+HERE = ('reference', 'blockwise') + (('llvm_cpu',) if COUNTS else ())
+RUNNABLE = (*HERE, *INTERPRETED)
 # What does not depend on the dtype of the unpacked signs runs with one.
-OF_ONE_DTYPE = (*RUNNABLE[:3], None)
+OF_ONE_DTYPE = (*HERE, next(iter(INTERPRETED)), None)
 
 # M, N, K: one, no multiples of a word, a register or a tile, several tiles.
 SIZES = [

@@ -49,6 +49,24 @@ def test_rows_do_not_depend_on_each_other():
   np.testing.assert_array_equal(together, turned[::-1])
 
 
+@pytest.mark.parametrize(
+  ('inner', 'transposed'), [(48, False), (75, False), (464, False), (48, True)]
+)
+def test_the_bits_of_a_row_do_not_depend_on_how_many_there_are(
+  inner, transposed
+):
+  """Few rows are summed by another kernel, in the same order."""
+  x, w = _operands(16, inner, 160, transposed)
+  run = lambda x: api.narrow_matmul(
+    x, w, transposed=transposed, implementation='llvm_cpu'
+  )
+  together = run(x)
+  for rows in (1, 2, 5, 8):
+    for first in range(0, 16 - rows + 1, rows):
+      part = slice(first, first + rows)
+      np.testing.assert_array_equal(run(x[part]), together[part])
+
+
 def test_a_table_may_have_any_number_of_rows():
   """1,001 columns fit no tile of several; untransposed they fill no vectors."""
   x, w = _operands(5, 64, 1001, True)
