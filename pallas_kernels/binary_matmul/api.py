@@ -8,6 +8,8 @@ multiply to -1 where their bits differ. So a sum of K products is a count:
 It is exact, whichever implementation computes it.
 """
 
+from collections.abc import Callable
+import functools
 import operator
 
 import jax
@@ -22,11 +24,22 @@ from pallas_kernels.binary_matmul import reference
 
 WORD = 32  # signs of a word
 
+
+def on_clean_words(function: Callable[..., jax.Array]):
+  """An implementation that is given zeros for the bits beyond `size`."""
+
+  @functools.wraps(function)
+  def run(size, a, b):
+    return function(size, _without_tail(a, size), _without_tail(b, size))
+
+  return run
+
+
 IMPLEMENTATIONS = {
-  'reference': reference.binary_matmul,
-  'blockwise': blockwise.binary_matmul,
-  'mosaic_tpu': mosaic_tpu.binary_matmul,
-  'mosaic_gpu': mosaic_gpu.binary_matmul,
+  'reference': on_clean_words(reference.binary_matmul),
+  'blockwise': on_clean_words(blockwise.binary_matmul),
+  'mosaic_tpu': on_clean_words(mosaic_tpu.binary_matmul),
+  'mosaic_gpu': on_clean_words(mosaic_gpu.binary_matmul),
   'llvm_cpu': llvm_cpu.binary_matmul,
 }
 
@@ -84,9 +97,7 @@ def binary_matmul(
   """sum_k sign(a_k) sign(b_k), the product of `a` with `b` transposed.
 
   Both are packed along the inner axis by `pack_signs`, W = ceil(K / 32). The
-  32 W - K bits beyond the inner size count for nothing, whatever they hold:
-  they are set to zero in both operands before anything is counted, and equal
-  bits do not differ. (Where 32 divides K there are none, and nothing is done.)
+  32 W - K bits beyond the inner size count for nothing, whatever they hold.
 
   Args:
     a: Signs of M rows, or of any number of leading axes.
@@ -117,8 +128,8 @@ def binary_matmul(
     'binary_matmul',
     dispatch.bind(IMPLEMENTATIONS, size),
     implementation,
-    _without_tail(a.reshape(-1, a.shape[-1]), size),
-    _without_tail(b, size),
+    a.reshape(-1, a.shape[-1]),
+    b,
   )
   return out.reshape(shape)
 

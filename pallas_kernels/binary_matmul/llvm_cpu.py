@@ -16,15 +16,16 @@ import jax.numpy as jnp
 from pallas_kernels import llvm_cpu
 from pallas_kernels import llvm_ir as ll
 
+_WORD = 32  # signs
 _ROWS = 64  # of a, of a unit of work
 
 
 def binary_matmul(
   size: int,
-  a: jax.Array,  # [M, W] uint32, zeros beyond `size`
-  b: jax.Array,  # [N, W] uint32, zeros beyond `size`
+  a: jax.Array,  # [M, W] uint32
+  b: jax.Array,  # [N, W] uint32
 ) -> jax.Array:
-  """K - 2 popcount(a xor b), [M, N] int32; see `api`.
+  """K - 2 popcount(a xor b) over `size` bits, [M, N] int32; see `api`.
 
   Raises:
     NotImplementedError: Where there is no VPOPCNTDQ or nothing can be compiled.
@@ -52,6 +53,9 @@ def _emit(builder, static, pointers, part) -> None:
   chunks = -(-rows // _ROWS)
   units = -(-columns // lanes) * chunks
   last_column = ll.number(columns - 1)
+  whole = size // (_WORD * lanes) * lanes  # words of vectors without a rest
+  rest = [max(0, min(_WORD, size - _WORD * (whole + i))) for i in range(lanes)]
+  used = ll.constant([2**bits - 1 for bits in rest], ll.vector_of(ll.i32))
 
   def line(base, index):
     return ll.place(builder, base, builder.mul(index, ll.number(words)), ll.i32)
@@ -74,21 +78,20 @@ def _emit(builder, static, pointers, part) -> None:
     )
     with ll.count(builder, begin, end, 1) as row:
       own = line(a, row)
-      whole = words // lanes * lanes
       none = [ll.zeros(ll.i32) for _ in lines]
       with ll.carry(builder, 0, whole, lanes, none) as (w, counts, keep):
         read = lambda base: ll.load_vector(
           builder, ll.place(builder, base, w, ll.i32), ll.i32
         )
         keep(_counted(builder, read, own, lines, counts))
-      if words > whole:
+      if size > _WORD * whole:
         read = lambda base: ll.load_first(
           builder,
           ll.place(builder, base, whole, ll.i32),
           words - whole,
           ll.i32,
         )
-        counts = _counted(builder, read, own, lines, counts)
+        counts = _counted(builder, read, own, lines, counts, used)
       differing = ll.totals(builder, counts)
       every = lambda value: ll.spread(builder, ll.constant(value, ll.i32))
       twice = builder.add(differing, differing)
@@ -101,13 +104,15 @@ def _emit(builder, static, pointers, part) -> None:
       )
 
 
-def _counted(builder, read, own, lines, counts) -> list:
-  """Adds the bits in which a vector of words differs from that of each line."""
-  words = read(own)
-  return [
-    builder.add(
-      count,
-      ll.apply(builder, 'ctpop', builder.xor(words, read(line))),
-    )
-    for line, count in zip(lines, counts, strict=True)
-  ]
+def _counted(builder, read, own, lines, counts, used=None) -> list:
+  """Adds the bits in which a vector of words differs from that of each line.
+
+  Those alone that are `used`, a vector of masks, where it is given.
+  """
+  words, counted = read(own), []
+  for line, count in zip(lines, counts, strict=True):
+    differing = builder.xor(words, read(line))
+    if used is not None:
+      differing = builder.and_(differing, used)
+    counted.append(builder.add(count, ll.apply(builder, 'ctpop', differing)))
+  return counted
