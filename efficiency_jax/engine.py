@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -70,7 +71,7 @@ class Engine:
   stop_tokens: tuple[int, ...]
   cache_dtype: Any
 
-  @property
+  @functools.cached_property
   def guarantee(self) -> str:
     """That of the verifier, or 'none' where it cannot be given.
 
@@ -88,7 +89,7 @@ class Engine:
       chains = all(tree(length).is_chain for length in lengths)
       cache_dtype = self.cache_dtype or jnp.float32
       if not chains or not width.is_independent(
-        self.lm.config, self.lm.params, cache_dtype
+        self.lm.config, self.lm.params, cache_dtype, max(lengths) + 1
       ):
         return 'none'
     return self.decoder.verifier.guarantee

@@ -49,9 +49,9 @@ class Activation:
   With a scale for every row and no threshold, a row of the product does not
   depend on other rows; one scale for all of x, and outlying columns "in any
   row", depend on what else is computed together. Either way a text may depend
-  on the width of the pass: floats between the products differ in their last
-  bits from width to width, and where that turns a rounding the other way, a
-  step of 1 / 127 is what is left of it.
+  on the width of the pass where floats between the products differ in their
+  last bits from width to width (`models.width` knows where they do not): where
+  that turns a rounding the other way, a step of 1 / 127 is what is left of it.
 
   Attributes:
     bits: Of the integers, 2 to 8.

@@ -20,6 +20,7 @@ from pallas_kernels.int8_matmul.api import int8_matmul
 from pallas_kernels.int8_matmul.api import llm_int8_matmul
 from pallas_kernels.narrow_matmul import reference
 from pallas_kernels.narrow_matmul.api import narrow_matmul
+from pallas_kernels.narrow_matmul.llvm_cpu import MOST_ROWS
 
 
 def linear(
@@ -204,10 +205,6 @@ def quantized_activations(
   return jnp.clip(values, -largest, largest).astype(jnp.int8), x_scales
 
 
-# Rows up to which a product takes as long as reading its weights.
-_FEW = 16
-
-
 def _dot(x: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
   """Contracts the last axis of `x` with axis `contract` of a matrix."""
   rows = x.reshape(-1, x.shape[-1])
@@ -215,7 +212,7 @@ def _dot(x: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
   product = functools.partial(reference.narrow_matmul, transposed=transposed)
   # A narrow weight must not be widened whole.
   wide = x.dtype == weight.dtype == jnp.float32
-  if wide and 1 <= rows.shape[0] <= _FEW:
+  if wide and 1 <= rows.shape[0] <= MOST_ROWS:
     y = narrow_matmul(rows, weight, transposed=transposed)
     return y.reshape(*x.shape[:-1], -1)
   # XLA turns a one-row product of narrow operands into a matrix-vector product

@@ -101,7 +101,8 @@ def _some_weights(params: Params) -> dict[str, np.ndarray]:
   """Weights of every layer, evenly spread over its kernel."""
   kernels = {name: np.ravel(leaf['kernel']) for name, leaf in params.items()}
   return {
-    name: kernel[:: -(-kernel.size // _SAMPLE)]
+    # A copy: a view would keep the whole kernel.
+    name: np.array(kernel[:: -(-kernel.size // _SAMPLE)])
     for name, kernel in kernels.items()
   }
 

@@ -354,7 +354,9 @@ def exp(builder, x: Value) -> Value:
   every = lambda value: spread(builder, constant(value))
   small = builder.fcmp_ordered('<', x, every(_EXP_LEAST))
   x = builder.select(small, every(_EXP_LEAST), x)
-  n = apply(builder, 'rint', builder.fmul(x, every(1.4426950408889634)))
+  # NaN is no integer.
+  finite = builder.select(builder.fcmp_ordered('==', x, x), x, zeros())
+  n = apply(builder, 'rint', builder.fmul(finite, every(1.4426950408889634)))
   for part in _LOG2:
     x = apply(builder, 'fma', n, every(-part), x)
   first, *others = map(every, _EXP)

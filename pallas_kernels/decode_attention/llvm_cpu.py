@@ -61,25 +61,11 @@ def attention(
   """Out [B, T, H, Dv] and log-sum-exp [B, H, T]; see `api`.
 
   Raises:
-    NotImplementedError: For queries that are not float32, soft-capped scores,
-      several parts, sizes that do not fill vectors, and where nothing can be
-      compiled.
+    NotImplementedError: As `check` does.
   """
-  if reason := llvm_cpu.missing():
-    raise NotImplementedError(reason)
+  check(rule, splits, q, k, v)
   batch, time, heads, width = q.shape
   kv_heads, slots, v_width = v.shape[1:]
-  if q.dtype != jnp.float32 or k.dtype not in (jnp.float32, jnp.int8):
-    raise NotImplementedError(
-      f'queries are {q.dtype} and keys {k.dtype}, not float32'
-    )
-  if rule.softcap is not None or splits not in (None, 1):
-    raise NotImplementedError('scores are not soft-capped nor parts merged')
-  if not time or any(n % ll.lanes() or not n for n in (width, v_width, slots)):
-    raise NotImplementedError(
-      f'{time} queries of width {width} and {v_width} over {slots} slots do'
-      ' not fill vectors'
-    )
   sizes = _Sizes(
     *(time, heads, kv_heads, slots, width, v_width),
     int8=k_scales is not None,
@@ -87,11 +73,12 @@ def attention(
     scale=rule.scale,
     block=BLOCK,
   )
-  args = [q, k, v, limits.offset, *_bounds(rule, limits, time, slots)]
+  numbers = (limits.offset, *_bounds(rule, limits, time, slots))
+  args = [q, k, v, *(x.astype(jnp.int32) for x in numbers)]
   if sizes.tree:
     args.append(_seen(rule, limits.ancestors))
   if sizes.int8:
-    args += [k_scales, v_scales]
+    args += [x.astype(jnp.float32) for x in (k_scales, v_scales)]
   shape = jax.ShapeDtypeStruct
   statistic = shape((batch, heads, time), jnp.float32)
   out, largest, total = llvm_cpu.call(
@@ -102,6 +89,38 @@ def attention(
     parts=batch * heads,
   )
   return out, jnp.where(total == 0, -jnp.inf, largest + jnp.log(total))
+
+
+def check(rule: masks.Rule, splits: int | None, q, k, v) -> None:
+  """Finds out whether the kernel takes arrays, by their shapes and dtypes.
+
+  Raises:
+    NotImplementedError: For queries that are not float32, soft-capped scores,
+      several parts, sizes that do not fill vectors, and where nothing can be
+      compiled.
+  """
+  if reason := llvm_cpu.missing():
+    raise NotImplementedError(reason)
+  batch, time, _, width = q.shape
+  slots, v_width = v.shape[2:]
+  if (
+    q.dtype != jnp.float32
+    or k.dtype not in (jnp.float32, jnp.int8)
+    or v.dtype != k.dtype
+  ):
+    raise NotImplementedError(
+      f'queries are {q.dtype}, keys {k.dtype} and values {v.dtype}, not'
+      ' float32, nor keys and values int8'
+    )
+  if rule.softcap is not None or splits not in (None, 1):
+    raise NotImplementedError('scores are not soft-capped nor parts merged')
+  if not (batch and time) or any(
+    n % ll.lanes() or not n for n in (width, v_width, slots)
+  ):
+    raise NotImplementedError(
+      f'{batch} times {time} queries of width {width} and {v_width} over'
+      f' {slots} slots do not fill vectors'
+    )
 
 
 def _bounds(rule, limits, time: int, slots: int) -> tuple[jax.Array, jax.Array]:
@@ -236,60 +255,70 @@ def _read(builder, z, keys, query, where, scores) -> None:
   # Whole vectors of slots, of which the ends may be unseen.
   first = builder.sub(least, builder.srem(least, ll.number(ll.lanes())))
   near = lambda slot: ll.place(builder, scores, builder.sub(slot, block))
-  each = ll.count(builder, first, most, ll.lanes())
-  with each as slot:
-    ll.store(builder, _scores(builder, z, keys, query, where, slot), near(slot))
+  with ll.count(builder, first, most, ll.lanes()) as slot:
+    found = _scores(builder, z, keys, query, (least, most), slot)
+    ll.store(builder, found, near(slot))
   if z.tree:
-    with ll.count(builder, 0, z.time, 1) as node:
-      slot = builder.add(start, node)
-      seen = ll.load(builder, ll.place(builder, query.seen, node, ll.i8), ll.i8)
-      hidden = builder.icmp_signed('==', seen, ll.constant(0, ll.i8))
-      inside = builder.and_(
-        builder.icmp_signed('>=', slot, first),
-        builder.icmp_signed('<', slot, most),
-      )
-      with builder.if_then(builder.and_(hidden, inside)):
-        ll.store(builder, ll.constant(-math.inf), near(slot))
+    _hide(builder, z, query, start, (first, most), near)
+  old, new = _maximum(builder, query, (first, most), near)
+  shrink = ll.exp(builder, builder.fsub(old, new))
+  _weigh(builder, z, keys, query, (first, most), near, new, shrink)
+  _add_values(builder, z, keys, query, (least, most), near, shrink)
 
+
+def _hide(builder, z, query, start, span, near) -> None:
+  """Scores of -inf for the new tokens that are no ancestors of the query."""
+  first, most = span
+  with ll.count(builder, 0, z.time, 1) as node:
+    slot = builder.add(start, node)
+    seen = ll.load(builder, ll.place(builder, query.seen, node, ll.i8), ll.i8)
+    hidden = builder.icmp_signed('==', seen, ll.constant(0, ll.i8))
+    inside = builder.and_(
+      builder.icmp_signed('>=', slot, first),
+      builder.icmp_signed('<', slot, most),
+    )
+    with builder.if_then(builder.and_(hidden, inside)):
+      ll.store(builder, ll.constant(-math.inf), near(slot))
+
+
+def _maximum(builder, query, span, near):
+  """The largest score before and with this block, as vectors."""
   old = ll.load(builder, query.largest)
-  start_of = [ll.spread(builder, old)]
-  with ll.carry(builder, first, most, ll.lanes(), start_of) as (
-    slot,
-    (new,),
-    keep,
-  ):
+  begin = [ll.spread(builder, old)]
+  steps = ll.carry(builder, *span, ll.lanes(), begin)
+  with steps as (slot, (new,), keep):
     score = ll.load_vector(builder, near(slot))
     keep([ll.apply(builder, 'maxnum', new, score)])
   new = ll.apply(builder, 'vector.reduce.fmax', new)
   ll.store(builder, new, query.largest)
   # A query that has seen nothing yet has -inf: its weights must be 0.
   nothing = builder.fcmp_ordered('==', new, ll.constant(-math.inf))
-  new = ll.spread(builder, builder.select(nothing, ll.constant(0.0), new))
-  shrink = ll.exp(builder, builder.fsub(ll.spread(builder, old), new))
+  new = builder.select(nothing, ll.constant(0.0), new)
+  return ll.spread(builder, old), ll.spread(builder, new)
 
+
+def _weigh(builder, z, keys, query, span, near, largest, shrink) -> None:
+  """Weights in place of the scores, and their sum."""
   total = builder.fmul(ll.load_vector(builder, query.total), shrink)
-  with ll.carry(builder, first, most, ll.lanes(), [total]) as (
-    slot,
-    (total,),
-    keep,
-  ):
+  steps = ll.carry(builder, *span, ll.lanes(), [total])
+  with steps as (slot, (total,), keep):
     score = ll.load_vector(builder, near(slot))
-    weight = ll.exp(builder, builder.fsub(score, new))
+    weight = ll.exp(builder, builder.fsub(score, largest))
     keep([builder.fadd(total, weight)])
     if z.int8:
-      # What an unseen slot holds must not matter, and 0 times NaN is NaN.
       scale = ll.load_vector(builder, ll.place(builder, keys.v_scales, slot))
-      unseen = builder.fcmp_ordered('==', weight, ll.zeros())
       weight = builder.fmul(weight, scale)
-      weight = builder.select(unseen, ll.zeros(), weight)
     ll.store(builder, weight, near(slot))
   ll.store(builder, total, query.total)
 
+
+def _add_values(builder, z, keys, query, span, near, shrink) -> None:
+  """Adds the weighted values of the slots that are seen, and of no others."""
   places = [
     ll.place(builder, query.out, i) for i in range(0, z.v_width, ll.lanes())
   ]
   sums = [builder.fmul(ll.load_vector(builder, at), shrink) for at in places]
-  with ll.carry(builder, least, most, 1, sums) as (slot, sums, keep):
+  with ll.carry(builder, *span, 1, sums) as (slot, sums, keep):
     weight = ll.spread(builder, ll.load(builder, near(slot)))
     line = _line(builder, keys.v, slot, z.v_width, z.int8)
     keep(
@@ -300,9 +329,9 @@ def _read(builder, z, keys, query, where, scores) -> None:
     ll.store(builder, total, at)
 
 
-def _scores(builder, z, keys, query, where, slot):
-  """Scores of as many slots as a vector has lanes, -inf where unseen."""
-  _, _, least, most = where
+def _scores(builder, z, keys, query, span, slot):
+  """Scores of as many slots as a vector has lanes, -inf outside of the span."""
+  least, most = span
   q = [
     ll.load_vector(builder, ll.place(builder, query.q, i))
     for i in range(0, z.width, ll.lanes())

@@ -12,7 +12,7 @@ last group is done. A single group is cut into blocks, and the sums are int32.
 
 The registers hold the sums of six rows; where there are more, the first six
 leave the tile of weights on the stack as it was interleaved. More than 32
-take turns.
+of them, or than 2^18 numbers, take turns.
 
 Rows of floats are quantized by every part for itself: that is less work than to
 wait for one another.
@@ -91,30 +91,11 @@ def int8_matmul(
   """(q @ w) s_x, [M, N]; see `api`.
 
   Raises:
-    NotImplementedError: For no rows, for sizes that do not fill tiles, and
-      where there is no VNNI or nothing can be compiled.
+    NotImplementedError: As `check` does.
   """
+  check(x, w, w_scales)
   (rows, inner), columns = x.shape, w.shape[1]
-  groups = len(jnp.atleast_2d(w_scales))
-  if reason := llvm_cpu.missing():
-    raise NotImplementedError(reason)
-  if not ll.has('avx512vnni'):
-    raise NotImplementedError('this processor has no AVX-512 VNNI')
-  most = min(_MOST_ROWS, _MOST_VALUES // max(inner, 1))
-  if not rows or not most:
-    raise NotImplementedError(
-      f'{rows} rows of {inner} are none, or longer than {_MOST_VALUES}'
-    )
-  if rows > _ROWS and groups > 1 and inner // groups > _MOST_BLOCK:
-    raise NotImplementedError(
-      f'more than {_ROWS} rows share groups of {inner // groups}, which are'
-      f' longer than {_MOST_BLOCK}'
-    )
-  if not inner or (inner // groups) % ll.lanes() or columns % _COLUMNS:
-    raise NotImplementedError(
-      f'[{inner}, {columns}] in {groups} groups is not of multiples of'
-      f' {ll.lanes()} and {_COLUMNS}'
-    )
+  most = min(_MOST_ROWS, _MOST_VALUES // inner)
   few = functools.partial(_few_rows, w, w_scales, w_offsets)
   if rows <= most:
     return few(x, x_scales).astype(out_dtype)
@@ -128,6 +109,36 @@ def int8_matmul(
   turned = jax.tree.map(cut, (x, x_scales))
   out = lax.map(lambda part: few(*part).astype(out_dtype), turned)
   return out.reshape(turns * size, columns)[:rows]
+
+
+def check(x, w, w_scales) -> None:
+  """Finds out whether the kernel takes arrays, by their shapes and dtypes.
+
+  Raises:
+    NotImplementedError: For no rows or rows longer than 2^18, for more than
+      six rows where groups are longer than 8,192, for sizes that do not fill
+      tiles, and where there is no VNNI or nothing can be compiled.
+  """
+  (rows, inner), columns = x.shape, w.shape[1]
+  groups = len(w_scales) if w_scales.ndim == 2 else 1
+  if reason := llvm_cpu.missing():
+    raise NotImplementedError(reason)
+  if not ll.has('avx512vnni'):
+    raise NotImplementedError('this processor has no AVX-512 VNNI')
+  if not rows or inner > _MOST_VALUES:
+    raise NotImplementedError(
+      f'{rows} rows of {inner} are none, or longer than {_MOST_VALUES}'
+    )
+  if rows > _ROWS and groups > 1 and inner // groups > _MOST_BLOCK:
+    raise NotImplementedError(
+      f'more than {_ROWS} rows share groups of {inner // groups}, which are'
+      f' longer than {_MOST_BLOCK}'
+    )
+  if not inner or (inner // groups) % ll.lanes() or columns % _COLUMNS:
+    raise NotImplementedError(
+      f'[{inner}, {columns}] in {groups} groups is not of multiples of'
+      f' {ll.lanes()} and {_COLUMNS}'
+    )
 
 
 def _few_rows(w, w_scales, w_offsets, x, x_scales) -> jax.Array:

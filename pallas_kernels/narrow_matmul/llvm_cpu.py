@@ -2,7 +2,7 @@
 
 At two to sixteen rows the work is reading the weights. A vector of weights is
 read once and multiplied with all rows (in two groups, if they are more than
-eight) while it is in a register; all sums are in registers too.
+eight) while it is in a register; so are the sums of a range of k.
 
     w [K, N]: a tile of out is M x 3 vectors of columns; k by k, a vector of
               weights is multiplied with x[m, k].
@@ -10,8 +10,9 @@ eight) while it is in a register; all sums are in registers too.
               along k, and each sum is taken together at the end.
 
 The parts are ranges of columns. Up to four rows are bound by memory alone, and
-strips of columns are not how memory is read fastest: there the parts are ranges
-of k, and eight lines of w are read side by side, a vector of each at a time,
+strips of columns are not how memory is read fastest: there the parts are eight
+ranges of k, and eight lines of w are read side by side, a vector of each at a
+time,
 
     w [K, N], few rows: out_p += x[:, k .. k+7] w[k .. k+7],   out = sum_p out_p
 
@@ -29,6 +30,7 @@ from pallas_kernels import llvm_ir as ll
 
 MOST_ROWS = 16
 _ROWS = 8  # at a time
+_RANGES = 8  # of k, on every machine: the order of a sum follows them
 # Up to so many rows w is read in runs: lines of it at a time, and how many
 # numbers ahead are asked for.
 _FEW, _DEPTH, _AHEAD = 4, 8, 512
@@ -52,24 +54,22 @@ def narrow_matmul(x: jax.Array, w: jax.Array, *, transposed: bool) -> jax.Array:
   if rows > MOST_ROWS:
     raise NotImplementedError(f'{rows} rows are more than {MOST_ROWS}')
   along = inner if transposed else columns
-  if not along or along % ll.lanes() or not rows:
+  if not (along and inner and rows) or along % ll.lanes():
     raise NotImplementedError(
       f'[{rows}, {inner}] times [{inner}, {columns}] does not fill vectors'
     )
-  parts = llvm_cpu.parts()
-  call = lambda emit, *shape: llvm_cpu.call(
+  call = lambda emit, parts, *shape: llvm_cpu.call(
     emit,
     (rows, inner, columns, parts),
     (x, w),
     jax.ShapeDtypeStruct(shape, jnp.float32),
     parts=parts,
   )
-  if transposed:
-    return call(_emit_table, rows, columns)
-  if rows <= _FEW:
-    sums = call(_emit_in_runs, parts, rows, columns)
+  if not transposed and rows <= _FEW:
+    sums = call(_emit_in_runs, _RANGES, _RANGES, rows, columns)
     return functools.reduce(jnp.add, sums)
-  return call(_emit, rows, columns)
+  emit = _emit_table if transposed else _emit
+  return call(emit, llvm_cpu.parts(), rows, columns)
 
 
 def _emit(builder, static, pointers, part) -> None:
@@ -87,10 +87,10 @@ def _emit(builder, static, pointers, part) -> None:
     start = [ll.zeros() for _ in sums]
     for place, value in zip(places, start, strict=True):
       ll.store(builder, value, place)
-    with ll.count(builder, 0, parts, 1) as some:
+    with ll.count(builder, 0, _RANGES, 1) as some:
       first, last = (
         builder.mul(block, ll.number(depth))
-        for block in ll.share(builder, some, parts, inner // depth)
+        for block in ll.share(builder, some, _RANGES, inner // depth)
       )
       with ll.carry(builder, first, last, 1, start) as (k, carried, keep):
         line = builder.mul(k, ll.number(columns))

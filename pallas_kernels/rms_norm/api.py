@@ -7,6 +7,7 @@ every row in the same order.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from pallas_kernels.rms_norm import llvm_cpu
 from pallas_kernels.rms_norm import reference
 
 IMPLEMENTATIONS = {
+  'reference': reference.rms_norm,
   'blockwise': reference.rms_norm,
   'llvm_cpu': llvm_cpu.rms_norm,
 }
@@ -34,9 +36,9 @@ def rms_norm(
     x: [..., D].
     scale: [D].
     epsilon: 0 or more.
-    implementation: See `dispatch`. `llvm_cpu` takes float32, up to 1,024 rows,
-      and a D that fills vectors; the bits of a row do not depend on the
-      others. `blockwise` is XLA's.
+    implementation: See `dispatch`. `llvm_cpu` takes float32 and a D that fills
+      vectors; the bits of a row do not depend on the others. `blockwise` is
+      XLA's.
 
   Returns:
     [..., D] in the dtype of x.
@@ -54,7 +56,8 @@ def rms_norm(
     raise ValueError(f'epsilon must be >= 0, got {epsilon}.')
   if not isinstance(implementation, (str, type(None))):
     implementation = tuple(implementation)
-  rows = x.reshape(-1, x.shape[-1])
+  # Not -1, which stands for no number where a row is empty.
+  rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
   scale = scale.astype(jnp.float32)
   return _norm(float(epsilon), implementation, rows, scale).reshape(x.shape)
 

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from pallas_kernels import llvm_cpu
 from pallas_kernels import llvm_ir as ll
 
-MOST_ROWS = 1024
 _ROWS = 16  # of a part
 
 
@@ -25,19 +24,10 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, epsilon: float) -> jax.Array:
   """See `api`.
 
   Raises:
-    NotImplementedError: For other dtypes than float32, for more than 1,024
-      rows, for rows that do not fill vectors, and where nothing can be
-      compiled.
+    NotImplementedError: As `check` does.
   """
+  check(x)
   rows, width = x.shape
-  if reason := llvm_cpu.missing():
-    raise NotImplementedError(reason)
-  if x.dtype != jnp.float32:
-    raise NotImplementedError(f'the dtype is {x.dtype}, not float32')
-  if not 0 < rows <= MOST_ROWS:
-    raise NotImplementedError(f'{rows} rows are not 1 to {MOST_ROWS}')
-  if not width or width % ll.lanes():
-    raise NotImplementedError(f'rows of {width} numbers do not fill vectors')
   parts = -(-rows // _ROWS)
   return llvm_cpu.call(
     _emit,
@@ -46,6 +36,24 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, epsilon: float) -> jax.Array:
     jax.ShapeDtypeStruct(x.shape, jnp.float32),
     parts=parts,
   )
+
+
+def check(x) -> None:
+  """Finds out whether the kernel takes an array, by its shape and dtype.
+
+  Raises:
+    NotImplementedError: For other dtypes than float32, for rows that do not
+      fill vectors, and where nothing can be compiled.
+  """
+  rows, width = x.shape
+  if reason := llvm_cpu.missing():
+    raise NotImplementedError(reason)
+  if x.dtype != jnp.float32:
+    raise NotImplementedError(f'the dtype is {x.dtype}, not float32')
+  if not rows or not width or width % ll.lanes():
+    raise NotImplementedError(
+      f'{rows} rows of {width} numbers do not fill vectors'
+    )
 
 
 def _emit(builder, static, pointers, part) -> None:

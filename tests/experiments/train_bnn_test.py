@@ -3,11 +3,13 @@
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
 from configs import bnn_mnist_quick
 from configs import train_bnn as configs
+from efficiency_jax.binarization import networks
 from experiments import bnn_methods
 from experiments import bnn_rows
 from experiments import train_bnn
@@ -51,20 +53,38 @@ def test_latent_weights_stay_clipped_where_they_should():
   config.epochs = 2
   data = bnn_rows.load(config)
   network = bnn_methods.network('BNN', (8, 8, 1), config)
-  largest = {
-    clipped: max(
-      float(np.abs(layer['kernel']).max())
-      for layer in bnn_rows.train(
-        network, data, config, 0, bnn_methods.Method({}, clipped=clipped)
-      ).params.values()
+  trained = {
+    clipped: bnn_rows.train(
+      network, data, config, 0, bnn_methods.Method({}, clipped=clipped)
     )
     for clipped in (True, False)
   }
+  largest = {
+    clipped: max(
+      float(np.abs(layer['kernel']).max()) for layer in best.params.values()
+    )
+    for clipped, best in trained.items()
+  }
   assert largest[True] <= 1 < largest[False]
+  # The same weights before training and after each epoch, which move.
+  history = trained[True].weights
+  assert len(history) == 3
+  begun = networks.init(network, jax.random.key(0))
+  assert set(history[0]) == set(begun)
+  for name, first in history[0].items():
+    assert np.isin(first, begun[name]['kernel']).all()
+    assert (history[2][name] != first).any()
 
 
 @pytest.mark.parametrize(
-  'name', ['BNN, Bop', 'BNN, shifts alone', 'BNN stochastic', 'BNN, real ends']
+  'name',
+  [
+    'BNN, Bop',
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in ('BNN, shifts alone', 'BNN stochastic', 'BNN, real ends')
+    ),
+  ],
 )
 def test_other_ways_learn(name):
   config = configs.get_config('tiny')

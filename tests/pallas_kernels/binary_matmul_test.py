@@ -103,7 +103,7 @@ def test_signs_that_all_agree_or_all_differ(name):
 
 @pytest.mark.parametrize('name', OF_ONE_DTYPE)
 @pytest.mark.parametrize('rows', [2, 40])
-@pytest.mark.parametrize('size', [1, 45])
+@pytest.mark.parametrize('size', [1, 45, 1025, 1101])
 def test_bits_beyond_the_inner_size_do_not_matter(name, rows, size):
   x, y = _random(rows, size), _random(6, size, seed=1)
   a, b = (np.array(api.pack_signs(z)) for z in (x, y))

@@ -67,6 +67,13 @@ def test_the_bits_of_a_row_do_not_depend_on_how_many_there_are(
       np.testing.assert_array_equal(run(x[part]), together[part])
 
 
+@pytest.mark.parametrize('transposed', [False, True])
+def test_an_empty_sum_is_zero(transposed):
+  x, w = _operands(3, 0, 16, transposed)
+  found = api.narrow_matmul(x, w, transposed=transposed)
+  np.testing.assert_array_equal(found, np.zeros((3, 16)))
+
+
 def test_a_table_may_have_any_number_of_rows():
   """1,001 columns fit no tile of several; untransposed they fill no vectors."""
   x, w = _operands(5, 64, 1001, True)

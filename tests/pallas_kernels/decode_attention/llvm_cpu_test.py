@@ -129,6 +129,7 @@ def test_the_platform_chooses():
   [
     ({'width': 24}, {}, 'do not fill vectors'),
     ({'slots': 100}, {}, 'do not fill vectors'),
+    ({'batch': 0}, {}, '0 times 1 queries'),
     ({}, {'softcap': 3.0}, 'not soft-capped'),
     ({}, {'splits': 2}, 'nor parts merged'),
   ],
@@ -136,11 +137,26 @@ def test_the_platform_chooses():
 def test_what_it_does_not_take_is_said(change, options, message):
   arrays, _ = _cache(0, 1, **change)
   with pytest.raises(NotImplementedError, match=message):
-    _run('llvm_cpu', arrays, [3, 4], **options)
+    _run('llvm_cpu', arrays, [3, 4][: len(arrays[0])], **options)
 
 
-def test_other_dtypes_are_not_taken():
-  arrays, _ = _cache(0, 1)
-  narrow = [x.astype(jnp.bfloat16) for x in arrays]
-  with pytest.raises(NotImplementedError, match='queries are bfloat16'):
-    _run('llvm_cpu', narrow, [3, 4])
+@pytest.mark.parametrize('which', [(0, 1, 2), (0,), (1,), (2,)])
+def test_other_dtypes_are_not_taken(which):
+  arrays = list(_cache(0, 1)[0])
+  for i in which:
+    arrays[i] = arrays[i].astype(jnp.bfloat16)
+  with pytest.raises(NotImplementedError, match='bfloat16.* not float32'):
+    _run('llvm_cpu', arrays, [3, 4])
+
+
+def test_lengths_and_scales_may_be_narrow():
+  arrays, scales = _cache(6, 3, int8=True)
+  ancestors = np.tri(3, dtype=bool)
+  options = {'ancestors': ancestors, **scales}
+  right = _run('llvm_cpu', arrays, [130, 60], **options)
+  options |= {k: s.astype(jnp.float16) for k, s in scales.items()}
+  call = lambda *a: api.decode_attention(
+    *a, implementation='llvm_cpu', **options
+  )
+  got = jax.jit(call)(*arrays, jnp.asarray([130, 60], jnp.int16))
+  np.testing.assert_allclose(got[0], right[0], rtol=0.01, atol=0.01)

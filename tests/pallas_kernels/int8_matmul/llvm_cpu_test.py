@@ -71,9 +71,9 @@ def test_int8_rows_down_to_the_lowest_number(rows, inner, columns):
 def test_the_largest_sums_are_exact():
   """255 * 127 * K passes 2^31 on the way, and the sum does not."""
   inner = 2**18 // 2
-  x = jnp.full((2, inner), 127, jnp.int8).at[1].set(-127)
+  x = jnp.full((3, inner), 127, jnp.int8).at[1].set(-127)
   w = jnp.full((inner, 64), 127, jnp.int8)
-  _equal(x, w, jnp.ones(64), x_scales=jnp.ones(2))
+  _equal(x, w, jnp.ones(64), x_scales=jnp.ones(3))
 
 
 def test_rows_of_zeros_ties_and_tiny_numbers():
