@@ -26,6 +26,11 @@ def errors(rows: Sequence[Mapping[str, Any]]) -> 'figures.Figure':
       band = curves.min(0), curves.max(0)
       axes.fill_between(epochs, *band, color=line.get_color(), alpha=0.2)
   axes.set_yscale('log')
+  for set_formatter in (
+    axes.yaxis.set_major_formatter,
+    axes.yaxis.set_minor_formatter,
+  ):
+    set_formatter('{x:g}')
   axes.set_xlabel('epoch')
   axes.set_ylabel('validation error, %')
   axes.legend(fontsize=8, frameon=False)

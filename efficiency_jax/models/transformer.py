@@ -55,13 +55,18 @@ class RMSNorm(nn.Module):
 
   epsilon: float
   plus_one: bool = False
+  # Decoding has a kernel; XLA would gather a batch that is split to call it.
+  cached: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     ones = nn.initializers.zeros if self.plus_one else nn.initializers.ones
     scale = _leaf(self, 'scale', ones, (x.shape[-1],)).astype(jnp.float32)
     scale = 1.0 + scale if self.plus_one else scale
-    return rms_norm(x, scale, epsilon=self.epsilon)
+    implementation = None if self.cached else 'blockwise'
+    return rms_norm(
+      x, scale, epsilon=self.epsilon, implementation=implementation
+    )
 
 
 class Attention(nn.Module):
@@ -81,8 +86,9 @@ class Attention(nn.Module):
     qkv = qkv.reshape(batch, time, -1, c.head_dim)
     queries, keys, values = jnp.split(qkv, split, axis=2)
     if c.qk_norm:
-      queries = _norm(c, 'query_norm')(queries)
-      keys = _norm(c, 'key_norm')(keys)
+      cached = slots is not None
+      queries = _norm(c, 'query_norm', cached)(queries)
+      keys = _norm(c, 'key_norm', cached)(keys)
     scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
     queries = rope.rotate(queries, turn) * jnp.asarray(scale, x.dtype)
     keys = rope.rotate(keys, turn)
@@ -133,13 +139,15 @@ class Block(nn.Module):
   def __call__(self, x, turn, *places):
     c = self.config
     attend = Attention(c, self.layer, self.implementation, name='attention')
-    after, slots = attend(_norm(c, 'attention_norm')(x), turn, *places)
+    cached = places[1] is not None
+    norm = functools.partial(_norm, c, cached=cached)
+    after, slots = attend(norm('attention_norm')(x), turn, *places)
     if c.post_norms:
-      after = _norm(c, 'attention_post_norm')(after)
+      after = norm('attention_post_norm')(after)
     x = x + after
-    after = FeedForward(c, name='ffn')(_norm(c, 'ffn_norm')(x))
+    after = FeedForward(c, name='ffn')(norm('ffn_norm')(x))
     if c.post_norms:
-      after = _norm(c, 'ffn_post_norm')(after)
+      after = norm('ffn_post_norm')(after)
     return x + after, slots
 
 
@@ -196,7 +204,7 @@ class DecoderLM(nn.Module):
       if slots is not None:
         keys.append(slots[0])
         values.append(slots[1])
-    x = _norm(c, 'final_norm')(x)
+    x = _norm(c, 'final_norm', cache is not None)(x)
 
     head = embedding
     if not c.tie_embeddings:
@@ -325,8 +333,8 @@ def _turns(c: DecoderConfig, positions: jax.Array):
   return turn, rope.rotation(positions, local)
 
 
-def _norm(c: DecoderConfig, name: str) -> RMSNorm:
-  return RMSNorm(c.norm_epsilon, c.norm_plus_one, name=name)
+def _norm(c: DecoderConfig, name: str, cached: bool) -> RMSNorm:
+  return RMSNorm(c.norm_epsilon, c.norm_plus_one, cached, name=name)
 
 
 def _leaf(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> Any:

@@ -36,7 +36,7 @@ def _run(name, arrays, length, **options):
   return jax.jit(call)(*arrays, jnp.asarray(length, jnp.int32))
 
 
-@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.settings(max_examples=12, deadline=None)
 @hypothesis.given(
   time=st.integers(1, 9),
   vectors=st.integers(1, 9),
