@@ -36,8 +36,15 @@ def _trained(config, seed=0):
   return params, found, pixels
 
 
-@pytest.mark.parametrize('config', [DENSE, CONV], ids=['dense', 'conv'])
-@pytest.mark.parametrize('norm', networks.NORMS)
+@pytest.mark.parametrize(
+  ('config', 'norm'),
+  [
+    *((DENSE, norm) for norm in networks.NORMS),
+    (CONV, 'batch'),
+    pytest.param(CONV, 'shift', marks=pytest.mark.slow),
+    pytest.param(CONV, 'none', marks=pytest.mark.slow),
+  ],
+)
 def test_scores_are_those_of_the_network(config, norm):
   config = dataclasses.replace(config, norm=norm)
   params, found, pixels = _trained(config)

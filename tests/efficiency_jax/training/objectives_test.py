@@ -309,7 +309,7 @@ def test_classification_is_the_logistic_loss_of_real_rows():
   head = encoders.SentimentHead(
     jax.random.normal(jax.random.key(0), (64,)), jnp.float32(0.3)
   )
-  loss = objectives.classification(encoder.apply_fn(model.config))
+  loss = jax.jit(objectives.classification(encoder.apply_fn(model.config)))
   params = {'encoder': model.params, 'head': head}
   batch = {'tokens': tokens, 'mask': mask, 'positive': positive}
   value, metrics = loss(params, None, batch)
@@ -330,7 +330,7 @@ def test_classification_is_the_logistic_loss_of_real_rows():
   again, metrics = loss(params, None, filled)
   np.testing.assert_allclose(again, value, rtol=1e-5)
   assert metrics['weight'] == 3
-  slope = jax.grad(lambda p: loss(p, None, filled)[0])(params)
+  slope = jax.jit(jax.grad(lambda p: loss(p, None, filled)[0]))(params)
   chex.assert_tree_all_finite(slope)
 
 
@@ -381,7 +381,8 @@ def test_next_token_is_cross_entropy_of_what_counts():
   apply = transformer.apply_fn(lm.config)
   texts = ['to be or not', 'a b', 'the question']
   batch = packing.pack([lm.tokenizer.encode(text) for text in texts], 16)
-  value, metrics = objectives.next_token(apply)(lm.params, None, batch)
+  value, metrics = jax.jit(objectives.next_token(apply))(lm.params, None, batch)
+  apply = jax.jit(apply)
   total, count = 0.0, 0
   for text in texts:
     ids = np.array(lm.tokenizer.encode(text))
