@@ -165,7 +165,7 @@ def _in_integers(x: jax.Array, q: QTensor) -> jax.Array:
   values = q.values
   if q.bits not in (4, 8):
     values = leaves.integers(q).astype(jnp.int8)
-  if groups > 1 and rows // groups % 32:
+  if groups > 1 and rows // groups % formats.BLOCK:
     # A group too short for a kernel: integers times dequantized weights.
     values, x_scales = quantized_activations(x, how, q.x_scale)
     y = _dot(values.astype(jnp.float32), leaves.dequantized_matrix(q), 0)
@@ -210,7 +210,8 @@ def _dot(x: jax.Array, weight: jax.Array, contract: int) -> jax.Array:
   rows = x.reshape(-1, x.shape[-1])
   transposed = contract == 1
   product = functools.partial(reference.narrow_matmul, transposed=transposed)
-  # A narrow weight must not be widened whole.
+  # Few rows take as long as reading the weight, which a kernel reads once; a
+  # narrow one must not be widened whole.
   wide = x.dtype == weight.dtype == jnp.float32
   if wide and 1 <= rows.shape[0] <= MOST_ROWS:
     y = narrow_matmul(rows, weight, transposed=transposed)

@@ -20,11 +20,11 @@ from efficiency_jax.models.config import DecoderConfig
 from efficiency_jax.types import Params
 from pallas_kernels import masks
 from pallas_kernels.decode_attention import llvm_cpu as decode_attention
+from pallas_kernels.dequant_matmul import formats
 from pallas_kernels.int8_matmul import llvm_cpu as int8_matmul
 from pallas_kernels.rms_norm import llvm_cpu as rms_norm
 
 _Shape = jax.ShapeDtypeStruct
-_SHORTEST_GROUP = 32  # that `linear` multiplies in integers
 
 
 def is_independent(
@@ -81,8 +81,8 @@ def _product(q: QTensor) -> bool:
     return False
   rows, columns = q.matrix_shape
   groups = q.scales.shape[0]
-  if groups > 1 and rows // groups % _SHORTEST_GROUP:
-    return False  # multiplied in floats
+  if groups > 1 and rows // groups % formats.BLOCK:
+    return False  # `linear` multiplies such groups in floats
   values = q.values
   if q.bits not in (4, 8):  # they become bytes for the product
     values = _Shape((rows, columns), jnp.int8)

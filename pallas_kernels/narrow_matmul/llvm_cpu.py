@@ -1,6 +1,6 @@
 """The product of a few rows and a matrix on a CPU, one read of the matrix.
 
-At two to sixteen rows the work is reading the weights. A vector of weights is
+At one to sixteen rows the work is reading the weights. A vector of weights is
 read once and multiplied with all rows (in two groups, if they are more than
 eight) while it is in a register; so are the sums of a range of k.
 
