@@ -9,7 +9,7 @@ PARALLEL := -n 2 --dist loadfile
 RUN_PEERS := .venv-peers/bin/python
 CODE := setup.py efficiency_jax pallas_kernels experiments configs tests
 
-.PHONY: test short test-slow test-model test-peers test-aot demo notebooks \
+.PHONY: test short test-slow test-model test-peers test-aot test-gpu demo notebooks \
   lint format clean
 
 test: $(VENV)/.installed  ## The tests that need neither weights nor network.
@@ -29,6 +29,11 @@ test-peers: .venv-peers/.installed  ## Our numbers beside those of other tools.
 
 test-aot: .venv-aot/.installed  ## Compiles all kernels; needs no TPU, no GPU.
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -q -s -m aot
+
+# With the jax of that machine: pip install -e '.[cuda,test]' into $(VENV).
+test-gpu:  ## The kernels for Hopper on an H100 or H200.
+	EFFICIENCY_JAX_TEST_PLATFORM=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false \
+	  $(RUN) -m pytest -q -m gpu tests/pallas_kernels
 
 demo: $(VENV)/.installed  ## Fetches the model, then decodes it both ways.
 	$(RUN) -m experiments.decode --config=configs/decode_smollm2.py:demo \

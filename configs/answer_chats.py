@@ -24,6 +24,7 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   config.chats = 'inline' if tiny else 'sharegpt'
   config.inline = tuple(f'question {i} of many' for i in range(24))
   config.left_out = () if tiny else ('mt-bench', 'humaneval')
+  config.first_only = True  # whether only what opens a chat is asked
   config.max_characters = 400  # of a question
   config.max_prompt_tokens = 80 if tiny else 128
   config.validation_share = 0.3 if tiny else 0.1  # of all questions

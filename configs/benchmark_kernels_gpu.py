@@ -7,10 +7,11 @@ bfloat16, head width 128, causal, one H100 or H200; a few minutes. Baselines are
 XLA's naive program, cuDNN (through jax.nn), jax's own Hopper kernel and, where
 torch is installed with CUDA, its scaled_dot_product_attention.
 
-Not run yet: no GPU was at hand (RESULTS.md). The chart of FlashAttention-3 for
-an H100 (github.com/Dao-AILab/flash-attention), causal forward, width 128,
-sequences of 4096, 8192, 16384: FlashAttention-2 319, 333, 335 TFLOP/s, Triton
-353, 369, 378, cuDNN 518, 529, 539, FlashAttention-3 579, 602, 616.
+What these kernels reach on an H200 is in RESULTS.md. The chart of
+FlashAttention-3 for an H100 (github.com/Dao-AILab/flash-attention), causal
+forward, width 128, sequences of 4096, 8192, 16384: FlashAttention-2 319, 333,
+335 TFLOP/s, Triton 353, 369, 378, cuDNN 518, 529, 539, FlashAttention-3 579,
+602, 616.
 """
 
 import ml_collections
@@ -44,11 +45,18 @@ def get_config() -> ml_collections.ConfigDict:
   config.products = ('blockwise', 'mosaic_gpu')
   config.products_of_few_rows = ('blockwise',)
   config.few_rows = ()
-  config.int8 = ((8192, 8192, 8192), (16, 8192, 8192))
+  # The first product of a feed-forward, as in LLM.int8()'s table of speeds.
+  widths = (768, 1024, 2048, 4096, 5120, 8192, 12288)
+  config.int8 = (
+    (8192, 8192, 8192),
+    (16, 8192, 8192),
+    *((2048, width, 4 * width) for width in widths),
+  )
   config.products_of_weights = ('blockwise', 'mosaic_gpu')
-  config.dequant = ((1, 8192, 8192), (128, 8192, 8192))
+  config.dequant = ((1, 8192, 28672), (128, 8192, 28672))
   config.binary = ((8192, 8192, 8192),)
   config.machine_size = 8192
+  config.memory_size = 8192  # MiB that are read to measure the memory
   config.repeats = 9
   config.seed = 0
   return config

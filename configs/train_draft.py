@@ -29,6 +29,7 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   config.answers = 'runs/answers'  # a folder that answer_chats made
   config.vocabulary = 128 if tiny else 8192  # tokens it may draft; 0 is all
   config.ffn_width = 0  # of its feed-forward; 0 is the target's
+  config.start = ''  # a trained draft to begin with, a file
   config.ridge = 100.0  # of the least-squares beginning; 0 begins at random
   config.steps = 2 if tiny else 3  # drafted tokens that are trained for
   config.objectives = ml_collections.ConfigDict({'forward_kl': 1.0})

@@ -24,9 +24,8 @@ def load(workdir: str | pathlib.Path, split: str) -> answers.Answers:
   """
   parts = []
   for path in sorted((pathlib.Path(workdir) / FOLDER).glob('*.safetensors')):
-    found, metadata = arrays.load(path)
-    if metadata.get('split') == split:
-      parts.append(answers.Answers(**found))
+    if arrays.metadata(path).get('split') == split:
+      parts.append(answers.Answers(**arrays.load(path)[0]))
   if not parts:
     raise ValueError(
       f'{workdir} holds no {split} answers: make them with python -m'

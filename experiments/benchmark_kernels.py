@@ -67,7 +67,8 @@ def experiment(
 
 def check(config: ml_collections.ConfigDict) -> None:
   """Finds what is wrong with a config before anything is measured."""
-  for name in ('forward', 'backward', 'sparse', 'decode_slots', 'machine_size'):
+  sizes_of = 'forward backward sparse decode_slots machine_size memory_size'
+  for name in sizes_of.split():
     sizes = config[name]
     for size in sizes if isinstance(sizes, tuple) else (sizes,):
       if size < 1:
@@ -104,7 +105,7 @@ def measure_machine(config: ml_collections.ConfigDict) -> workdirs.Row:
   product = speed.measure(jax.jit(jnp.matmul), x, x, repeats=9)
   return {
     'flops_per_second': 2 * size**3 / min(product.times),
-    'bytes_per_second': speed.read_bandwidth(),
+    'bytes_per_second': speed.read_bandwidth(config.memory_size * 2**20),
   }
 
 

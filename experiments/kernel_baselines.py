@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficiency_jax.evaluation import speed
+
 # Attention by others; the last three need more than this project does.
 ATTENTION = ('naive', 'jax.nn', 'cudnn', 'attention_mgpu', 'torch')
 
@@ -24,6 +26,8 @@ class Ready(NamedTuple):
   call: Callable[[], Any]  # returns when the work is done, or JAX arrays
   peak_bytes: int | None = None  # scratch and outputs as planned, if known
   read: Callable[[Any], Any] = lambda result: result  # what a call returned
+  # The time of so many calls by the device's own clock, if it has one.
+  on_device: Callable[[int], speed.Timing] | None = None
 
 
 Prepare = Callable[..., Ready]
@@ -40,7 +44,13 @@ def compiled(
     program = jax.jit(function).lower(*arrays).compile()
     plan = program.memory_analysis()
     peak = plan.temp_size_in_bytes + plan.output_size_in_bytes
-    return Ready(functools.partial(program, *arrays), peak)
+    call = functools.partial(program, *arrays)
+    if jax.default_backend() != 'gpu':
+      return Ready(call, peak)
+    by_its_clock = lambda repeats: speed.on_gpu(
+      program, *arrays, repeats=repeats
+    )
+    return Ready(call, peak, on_device=by_its_clock)
 
   return prepare
 
@@ -98,10 +108,13 @@ def _attention_mgpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   from jax.experimental.pallas.ops.gpu import attention_mgpu
 
   config = attention_mgpu.TuningConfig(
-    block_q=64, block_kv=64, max_concurrent_steps=2, causal=True
+    block_q=64, block_kv=128, max_concurrent_steps=2, causal=True
   )
-  scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-  return attention_mgpu.attention(scaled, k, v, config)
+  # Its buffers are float16, whatever its arguments are.
+  scaled, k, v = (
+    x.astype(jnp.float16) for x in (q * q.shape[-1] ** -0.5, k, v)
+  )
+  return attention_mgpu.attention(scaled, k, v, config).astype(q.dtype)
 
 
 def _torch_attention(

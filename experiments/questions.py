@@ -20,7 +20,9 @@ def batches(lm, config) -> list[tuple[str, str, float, list[list[int]]]]:
     asked = list(config.inline)
   else:
     kept = chats.without(chats.load(config.chats), left_out)
-    asked = chats.first_prompts(kept, max_characters=config.max_characters)
+    asked = chats.user_prompts(
+      kept, max_characters=config.max_characters, first_only=config.first_only
+    )
   np.random.default_rng(config.seed).shuffle(asked)
   found = {'train': [], 'validation': []}
   wanted = {

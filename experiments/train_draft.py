@@ -14,6 +14,7 @@ import sys
 import jax
 import ml_collections
 
+from efficiency_jax import drafts
 from efficiency_jax.data import rows as data_rows
 from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import eagle_training
@@ -40,7 +41,9 @@ def experiment(
   )
   frozen = objectives.frozen(lm.params, vocabulary)
   params = eagle.init(form, jax.random.key(config.seed), lm.params)
-  if config.ridge:
+  if config.start:
+    params = _start(lm, form, config.start)
+  elif config.ridge:
     params = eagle_training.least_squares(
       form,
       params,
@@ -77,6 +80,17 @@ def experiment(
   draft_report.write(
     workdir, result, found, table, 'drafted token', splits['train'], draft, lm
   )
+
+
+def _start(lm, form, path: str):
+  """The parameters of a trained draft, whose form must be `form`."""
+  draft = drafts.load(path, lm)
+  if drafts.kind(draft) != 'eagle' or draft.form != form:
+    raise ValueError(
+      f'--config.start={path} is a draft of another form: leave it out, or set'
+      f' the form to {drafts.kind(draft)} {draft.form}.'
+    )
+  return draft.params
 
 
 def main(argv) -> None:

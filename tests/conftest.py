@@ -6,11 +6,14 @@ import hypothesis
 import jax
 import pytest
 
-# Programs that a test starts see the same platform.
-os.environ['JAX_PLATFORMS'] = 'cpu'
-jax.config.update('jax_platforms', 'cpu')
-# Eight virtual devices, so that sharding is tested on any machine.
-jax.config.update('jax_num_cpu_devices', 8)
+# Programs that a test starts see the same platform: the CPU, except where
+# somebody asks for a GPU by `make test-gpu`.
+platform = os.environ.get('EFFICIENCY_JAX_TEST_PLATFORM', 'cpu')
+os.environ['JAX_PLATFORMS'] = platform
+jax.config.update('jax_platforms', platform)
+if platform == 'cpu':
+  # Eight virtual devices, so that sharding is tested on any machine.
+  jax.config.update('jax_num_cpu_devices', 8)
 
 # The same few examples every time, however slow the first, compiling one is.
 hypothesis.settings.register_profile(

@@ -88,10 +88,13 @@ def load(name: str = 'sharegpt') -> list[Chat]:
   return chats
 
 
-def first_prompts(
-  chats: Iterable[Chat], *, max_characters: int | None = None
+def user_prompts(
+  chats: Iterable[Chat],
+  *,
+  max_characters: int | None = None,
+  first_only: bool = True,
 ) -> list[str]:
-  """What users ask first, each question once, in the order of the chats.
+  """What users ask, each question once, in the order of the chats.
 
   Two questions are the same when their words are, whatever the case, spaces
   and punctuation.
@@ -99,12 +102,16 @@ def first_prompts(
   Args:
     chats: The conversations.
     max_characters: Longer questions are left out; None keeps all.
+    first_only: Whether only what opens a chat counts. What is asked later may
+      speak of what was said before.
   """
   found = {}
   for chat in chats:
-    message = chat.turns[0].content
-    if max_characters is None or len(message) <= max_characters:
-      found.setdefault(_normalised(message) or message, message)
+    for turn in chat.turns[: 1 if first_only else None]:
+      message = turn.content
+      fits = max_characters is None or len(message) <= max_characters
+      if turn.role == 'user' and fits:
+        found.setdefault(_normalised(message) or message, message)
   return list(found.values())
 
 

@@ -1,8 +1,10 @@
 """Named arrays in one safetensors file: whole or not there."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -27,6 +29,16 @@ def save(
   partial.replace(path)
 
 
+def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+  """What a file says of itself; its arrays are not read.
+
+  Raises:
+    FileFormatError: It is not a whole safetensors file.
+  """
+  with _opened(path) as file:
+    return dict(file.metadata() or {})
+
+
 def load(
   path: str | os.PathLike[str],
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -35,12 +47,18 @@ def load(
   Raises:
     FileFormatError: It is not a whole safetensors file.
   """
+  with _opened(path) as file:
+    arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return arrays, dict(file.metadata() or {})
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
   if os.path.isdir(path):
     raise FileFormatError(path, 'is a folder', 'pass a file in it')
   try:
     with safetensors.safe_open(path, framework='np') as file:
-      arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-      return arrays, dict(file.metadata() or {})
+      yield file
   except (safetensors.SafetensorError, TypeError) as error:
     raise FileFormatError(
       path, f'is not a readable safetensors file ({error})', 'make it again'

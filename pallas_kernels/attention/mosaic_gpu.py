@@ -10,10 +10,11 @@ A block of threads works on 128 queries of one head. Three warpgroups share it:
 
 The copying warpgroup waits until both others have used a slot and fills it with
 the next tile of keys, so that memory and the tensor cores work at once
-(FlashAttention-3, arXiv 2407.08608, without its ping-pong between the two
-computing warpgroups). The recurrence is that of `blockwise`, with exponentials
-to the base 2. Tiles that every query sees whole skip the mask, and tiles that
-none sees are not loaded.
+(FlashAttention-3, arXiv 2407.08608). The two others take turns: while one
+exponentiates, the other one multiplies. The recurrence is that of `blockwise`,
+with exponentials to the base 2. Tiles that every query sees whole skip the
+mask, and tiles that none sees are not loaded. Of a causal mask the last rows,
+which see most, come first, so that no multiprocessor is left with them alone.
 """
 
 import functools
@@ -37,6 +38,7 @@ from pallas_kernels.attention.mosaic_gpu_tiles import ROWS
 
 COLUMNS = 128  # keys of a tile
 STEPS = 2  # slots of the ring
+TURNS = True  # whether computing warpgroups take turns
 
 
 def forward(
@@ -80,6 +82,7 @@ def forward(
       plgpu.Barrier(num_barriers=STEPS),
       plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=STEPS),
       plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=STEPS),
+      plgpu.Barrier(num_arrivals=COMPUTING),
       # The interpreter multiplies from shared memory only.
       *[tiles.tiled((COMPUTING, ROWS, COLUMNS), q.dtype)] * bool(interpret),
     ],
@@ -115,6 +118,7 @@ def _kernel(
   v_loaded,
   k_used,
   v_used,
+  turn,
   weights_smem=None,
   *,
   rule: masks.Rule,
@@ -123,7 +127,10 @@ def _kernel(
   """128 queries of one head."""
   head, batch = lax.axis_index('head'), lax.axis_index('batch')
   warpgroup = lax.axis_index('warpgroup')
-  first = lax.axis_index('row') * tiles.BLOCK
+  row = lax.axis_index('row')
+  if rule.causal:
+    row = q_ref.shape[1] // tiles.BLOCK - 1 - row
+  first = row * tiles.BLOCK
   offset = offset_ref[batch]
   kv_size = k_ref.shape[1]
   length = jnp.minimum(length_ref[batch], kv_size)
@@ -165,6 +172,14 @@ def _kernel(
     )
     a_row = plgpu.Layout.WGMMA.reduce(1)
 
+    def take_turns():
+      if TURNS:
+        plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(turn)
+
+    # The second one begins a turn later, so the first one ends a turn later.
+    pl.when(warpgroup == 1)(take_turns)
+
     def step(n, carry, masked):
       out, largest, total = carry
       slot = slot_of(n)
@@ -172,10 +187,11 @@ def _kernel(
 
       def score(acc):
         plgpu.wgmma(acc, q_tile, compat.transposed(k_smem.at[slot]))
+        take_turns()
         return acc[...]
 
       scores = pl.run_scoped(score, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
-      plgpu.barrier_arrive(k_used.at[slot])
+      tiles.free(k_used.at[slot], n + STEPS < high)
       scores = tiles.scaled(rule, scores)
       if masked:
         iota = lambda axis: plgpu.broadcasted_iota(
@@ -192,6 +208,7 @@ def _kernel(
       total = total * shrink + weights.sum(axis=1)
       narrow = weights.astype(q_smem.dtype)
       plgpu.barrier_wait(v_loaded.at[slot])
+      take_turns()
 
       if weights_smem is not None:
         weights_smem.at[warpgroup][...] = narrow
@@ -203,7 +220,7 @@ def _kernel(
         return acc[...]
 
       gained = pl.run_scoped(gain, plgpu.ACC((ROWS, width), jnp.float32))
-      plgpu.barrier_arrive(v_used.at[slot])
+      tiles.free(v_used.at[slot], n + STEPS < high)
       out = out * lax.broadcast_in_dim(shrink, out.shape, [0]) + gained
       return out, new, total
 
@@ -217,6 +234,7 @@ def _kernel(
       carry = lax.fori_loop(low, whole_low, masked, carry)
     carry = lax.fori_loop(whole_low, whole_high, whole, carry)
     out, largest, total = lax.fori_loop(whole_high, high, masked, carry)
+    pl.when(warpgroup == 0)(take_turns)
 
     empty = total == 0.0
     total = jnp.where(empty, 1.0, total)

@@ -285,14 +285,14 @@ def _queries_kernel(
         d_weights = tiles.product(
           d_out_tile, compat.transposed(v_smem.at[slot]), shape
         )
-        plgpu.barrier_arrive(v_used.at[slot])
+        tiles.free(v_used.at[slot], n + STEPS < high)
         d_scores = slopes * (
           d_weights - lax.broadcast_in_dim(delta, shape, [0])
         )
         d_scores = tiles.left_side(d_scores, q_smem.dtype, buffer)
         plgpu.wgmma(dq, d_scores, k_smem.at[slot])
         plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(k_used.at[slot])
+        tiles.free(k_used.at[slot], n + STEPS < high)
         return carry
 
       lax.fori_loop(low, high, step, None)
@@ -378,6 +378,8 @@ def _keys_kernel(
     )
     buffers = [x.at[warpgroup] for x in staged] or [None, None]
 
+    count = groups * (high - low)
+
     def add_up(dk, dv):
       def step(n, carry):
         slot = slot_of(n)
@@ -411,10 +413,10 @@ def _keys_kernel(
         plgpu.wgmma(dv, weights, d_out_smem.at[slot])
         plgpu.wgmma(dk, d_scores, q_smem.at[slot])
         plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(used.at[slot])
+        tiles.free(used.at[slot], n + STEPS < count)
         return carry
 
-      lax.fori_loop(0, groups * (high - low), step, None)
+      lax.fori_loop(0, count, step, None)
       return dk[...], dv[...]
 
     dk, dv = pl.run_scoped(

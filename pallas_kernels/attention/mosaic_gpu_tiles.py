@@ -61,6 +61,11 @@ def over(low, high, size: int):
   return first, jnp.maximum(first, end)
 
 
+def free(slot_is_used, waited_for):
+  """Says that a slot of a ring is free again, if a copy is to wait for it."""
+  pl.when(waited_for)(lambda: plgpu.barrier_arrive(slot_is_used))
+
+
 def scaled(rule: masks.Rule, scores):
   """Scores to the base 2: exp(s) = exp2(s log2(e))."""
   if rule.softcap is None:

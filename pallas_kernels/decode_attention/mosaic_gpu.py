@@ -312,7 +312,7 @@ def _kernel(
       scores = pl.run_scoped(score, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
       if quantized:
         scores = scores * lax.broadcast_in_dim(scales, scores.shape, [1])
-      plgpu.barrier_arrive(k_used.at[slot])
+      tiles.free(k_used.at[slot], n + STEPS < high)
       scores = tiles.scaled(rule, scores)
       if in_tail:
         tile = pl.ds((n - first_tail) * COLUMNS, COLUMNS)
@@ -362,7 +362,7 @@ def _kernel(
         return acc[...]
 
       gained = pl.run_scoped(gain, plgpu.ACC((ROWS, width), jnp.float32))
-      plgpu.barrier_arrive(v_used.at[slot])
+      tiles.free(v_used.at[slot], n + STEPS < high)
       out = out * lax.broadcast_in_dim(shrink, out.shape, [0]) + gained
       return out, new, total
 

@@ -286,7 +286,7 @@ def _kernel(
             compat.transposed(x_smem.at[slot, half]),
           )
         plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(used.at[slot])
+        tiles.free(used.at[slot], n + steps < high)
         return carry
 
       lax.fori_loop(low, high, step, None)

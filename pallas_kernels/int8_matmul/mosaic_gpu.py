@@ -31,6 +31,7 @@ COLUMNS = 256
 DEPTH = 128  # of a tile along the summed axis
 STEPS = 4  # slots of the ring
 _COMPUTING = 2  # warpgroups
+_NEAR = 8  # blocks above each other that run one after the other
 
 
 def int8_matmul(
@@ -88,8 +89,8 @@ def int8_matmul(
       ring(_COMPUTING),
       plgpu.Barrier(num_arrivals=2),
     ],
-    grid=(w.shape[0] // COLUMNS, x.shape[0] // rows),
-    grid_names=('column', 'row'),
+    grid=(x.shape[0] // rows * (w.shape[0] // COLUMNS),),
+    grid_names=('block',),
     num_threads=_COMPUTING + 1,
     thread_name='warpgroup',
     compiler_params=plgpu.CompilerParams(
@@ -117,8 +118,16 @@ def _kernel(
 ):
   """128 rows and 256 columns of the result."""
   warpgroup = lax.axis_index('warpgroup')
-  rows = pl.ds(lax.axis_index('row') * (_COMPUTING * ROWS), _COMPUTING * ROWS)
-  columns = pl.ds(lax.axis_index('column') * COLUMNS, COLUMNS)
+  height = _COMPUTING * ROWS
+  # Blocks that run at once are near each other, and share what they read.
+  row, column = plgpu.planar_snake(
+    lax.axis_index('block'),
+    (x_ref.shape[0] // height, w_ref.shape[0] // COLUMNS),
+    minor_dim=0,
+    tile_width=_NEAR,
+  )
+  rows = pl.ds(row * height, height)
+  columns = pl.ds(column * COLUMNS, COLUMNS)
   steps = x_ref.shape[1] // DEPTH
   slot_of = lambda n: lax.rem(n, jnp.int32(STEPS))
   copy = plgpu.copy_gmem_to_smem
@@ -151,8 +160,10 @@ def _kernel(
         plgpu.wgmma(
           acc, x_smem.at[slot, mine], compat.transposed(w_smem.at[slot])
         )
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(used.at[slot])
+        # One product may be under way: the slot before this one is free.
+        plgpu.wgmma_wait(1)
+        before = used.at[slot_of(n + STEPS - 1)]
+        tiles.free(before, (n > 0) & (n + STEPS - 1 < steps))
         return carry
 
       lax.fori_loop(0, steps, step, None)

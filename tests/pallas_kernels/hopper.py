@@ -1,14 +1,22 @@
-"""A Hopper GPU for tests, where there is none: described, or interpreted."""
+"""A Hopper GPU for tests: the real one, or it is described or interpreted.
+
+On a GPU (`make test-gpu`) what is interpreted elsewhere runs as it is.
+"""
 
 import jax
 from jax import export
 from jax import sharding
 import pytest
 
-needs_interpreter = pytest.mark.skipif(
-  jax.__version_info__ < (0, 11),
+_interpretable = pytest.mark.skipif(
+  jax.__version_info__ < (0, 11) and jax.default_backend() != 'gpu',
   reason='the GPU interpreter of this jax knows no layout_cast',
 )
+
+
+def needs_interpreter(test):
+  """Marks a test that runs a kernel."""
+  return pytest.mark.gpu(_interpretable(test))
 
 
 def described():
@@ -31,14 +39,21 @@ def lower(run, *shapes):
 
 
 def interpreter(**options):
-  """For `interpret=` of a kernel."""
+  """For `interpret=` of a kernel: False on a GPU, where it is compiled."""
+  if jax.default_backend() == 'gpu':
+    return False
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
   return plgpu.InterpretGPUParams(**options)
 
 
 def races_found() -> bool:
-  """Whether the last kernel raced, run by `interpreter(detect_races=True)`."""
+  """Whether the last kernel raced, run by `interpreter(detect_races=True)`.
+
+  A GPU does not tell: no race is found there.
+  """
+  if jax.default_backend() == 'gpu':
+    return False
   from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
   return interpret_pallas_call.get_races().races_found

@@ -108,8 +108,8 @@ def test_unknown_chats_are_refused():
     chats.load('x')
 
 
-def test_first_prompts_are_unique_and_in_order():
-  found = chats.first_prompts(
+def test_user_prompts_are_unique_and_in_order():
+  found = chats.user_prompts(
     [
       _chat('Why is it?', 'So.'),
       _chat('B' * 50),
@@ -161,4 +161,4 @@ def test_the_real_chats_have_their_known_size():
     for prompt in prompts.load(name)
   ]
   assert len(chats.without(loaded, messages)) == 11_105
-  assert len(chats.first_prompts(loaded)) == 10_249
+  assert len(chats.user_prompts(loaded)) == 10_249

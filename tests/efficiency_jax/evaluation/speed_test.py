@@ -37,6 +37,12 @@ def clock(monkeypatch):
   return clock
 
 
+def test_a_cpu_has_no_clock_of_its_own():
+  program = jax.jit(lambda x: x + 1).lower(1.0).compile()
+  with pytest.raises(RuntimeError):
+    speed.on_gpu(program, 1.0)
+
+
 def test_measure_keeps_the_first_call_out_of_the_times(clock):
   seconds = iter([100.0, 7.0, 1.0, 4.0, 2.0, 3.0])
 

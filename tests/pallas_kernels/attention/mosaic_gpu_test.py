@@ -59,7 +59,8 @@ def _exact(rule, arrays):
   """Out and log-sum-exp from float32 copies of the inputs."""
   q, k, v, limits = arrays
   wide = (x.astype(jnp.float32) for x in (q, k, v))
-  return reference.attention(rule, *wide, limits)
+  with jax.default_matmul_precision('highest'):
+    return reference.attention(rule, *wide, limits)
 
 
 def _error(got, exact):
