@@ -4,9 +4,9 @@
       --workdir=runs/answers
 
 Chats in which an MT-bench question or a HumanEval problem occurs are left out.
-Three batches of four are greedy, one is sampled. `configs/answer_chats.py:large`
-asks whatever users wrote in any turn, in batches of 512, and
-`configs/answer_chats.py:tiny` is a check on random weights.
+Three batches of four are greedy, one is sampled.
+`configs/answer_chats.py:large` asks whatever users wrote in any turn, in
+batches of 512, and `configs/answer_chats.py:tiny` is a check on random weights.
 
 Hardware: two CPU cores, 5 GB of memory, 0.5 GB of disk; 40 minutes. `:large`:
 one H200 and 6.2 GB of disk; 145 seconds, or 75 with --config.dtype=bfloat16

@@ -49,6 +49,7 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
       'medusa': 'smollm2-135m-medusa',
       'eagle': 'smollm2-135m-eagle',
       'draft_model': '',
+      'weights': 'W8A8',  # of quantization.recipes; '' keeps float32
     }
   )
   config.repeats = 1

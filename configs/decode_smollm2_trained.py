@@ -37,6 +37,7 @@ def get_config(kind: str = 'greedy') -> ml_collections.ConfigDict:
     'medusa chain, 3',
     'medusa, 7',
     'medusa',
+    'eagle chain, 2',
     'eagle chain, 3',
     'eagle, 7',
     'eagle dynamic, 7',

@@ -134,4 +134,5 @@ def trained(lm, config, kind: str) -> drafts.Draft | None:
     raise ValueError(
       f'--config.trained.{flag}={name} is a draft for {wanted!r}.'
     )
-  return draft
+  recipe = config.trained.get('weights', '')
+  return drafts.quantized(draft, lm, recipe) if recipe else draft

@@ -54,8 +54,8 @@ MAY_IMPORT = {
   'decoding': GROUND | {'models', 'distillation'},
   # QLoRA is LoRA over a 4-bit model: the method itself needs both.
   'adaptation': GROUND | {'models', 'quantization'},
-  # Trained drafts as files.
-  'drafts': GROUND | {'models', 'io', 'decoding'},
+  # Trained drafts as files, and in few bits.
+  'drafts': GROUND | {'models', 'io', 'decoding', 'quantization'},
   'binary_files': GROUND | {'io', 'binarization'},
   # A model made ready to decode; and text in, text out around it.
   'engine': GROUND | {'models', 'io', 'decoding'},

@@ -10,6 +10,7 @@ taken once a generation. Column j of its logits is the token `vocabulary[j]`.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 from jax import lax
@@ -91,6 +92,16 @@ def head(target: Params, vocabulary: jax.Array | None = None) -> Params:
   if vocabulary is None:
     return {_name(target): target[_name(target)]}
   return {_name(target): {'table': sub_table(table(target), vocabulary)}}
+
+
+def chosen(weights: Any, reduced: Params | None) -> Params:
+  """The head that a draft reads: its own, or the target's, `reduced` or not.
+
+  `weights` are `drafters.Weights`.
+  """
+  if 'head' in weights.draft:
+    return weights.draft['head']
+  return weights.target if reduced is None else reduced
 
 
 def columns(vocabulary: jax.Array, vocab_size: int) -> jax.Array:

@@ -200,7 +200,7 @@ class State(NamedTuple):
 
   cache: Cache  # of the draft, made of the target's states alone
   features: jax.Array  # [B, N, D], the target's state before each position
-  head: Params | None  # of fewer tokens; None is the target's own
+  head: Params | None  # of fewer tokens; None is the draft's or the target's
   columns: jax.Array | None  # [V] int32; see `draft_vocabulary`
 
 
@@ -209,9 +209,10 @@ class Eagle:
   """The drafter; see `drafters`.
 
   The draft's parameters are those of `init`, and beside them `vocabulary` [R]
-  int32 if the form has one. A chain is sampled from q, which a verifier is
-  given; a tree holds the best guesses of q after each node, so its draft is
-  deterministic. Its shape is given, or grows where q is sure (EAGLE-2).
+  int32 if the form has one, and perhaps a `head` for it. A chain is sampled
+  from q, which a verifier is given; a tree holds the best guesses of q after
+  each node, so its draft is deterministic. Its shape is given, or grows where q
+  is sure (EAGLE-2).
 
   After a round the cache of the draft lacks the kept tokens, or holds what was
   computed of the draft's own states. The next draft feeds them again with the
@@ -254,7 +255,8 @@ class Eagle:
     head = columns = None
     if form.vocabulary is not None:
       vocabulary = weights.draft['vocabulary']
-      head = draft_vocabulary.head(weights.target, vocabulary)
+      if 'head' not in weights.draft:
+        head = draft_vocabulary.head(weights.target, vocabulary)
       columns = draft_vocabulary.columns(vocabulary, size)
     cache, _ = prefill(
       _text_fn(form),
@@ -295,7 +297,7 @@ class Eagle:
 
   def _scores(self, weights, state, hidden):
     """Logits [..., R] of own states."""
-    head = weights.target if state.head is None else state.head
+    head = draft_vocabulary.chosen(weights, state.head)
     return scores_fn(self.form)(head, hidden)
 
   def _step(self, weights, *args, **options):
@@ -339,12 +341,15 @@ class TrainedDraft:
     params: Its trained parameters.
     vocabulary: [R] tokens that it may draft, if the form has a vocabulary.
     trees: Shapes of drafts, if not chains alone.
+    head: Parameters of a head [R] of its own, stored in another way than the
+      target's rows, which None takes; see `drafts.quantized`.
   """
 
   form: Form
   params: Params
   vocabulary: jax.Array | None = None
   trees: tuple[draft_trees.Shape, ...] = ()
+  head: Params | None = None
 
   def __post_init__(self):
     draft_vocabulary.check(self.vocabulary, self.form.vocabulary)
@@ -355,4 +360,5 @@ class TrainedDraft:
     if self.vocabulary is None:
       return self.params
     vocabulary = jnp.asarray(self.vocabulary, jnp.int32)
-    return {**self.params, 'vocabulary': vocabulary}
+    own = {} if self.head is None else {'head': self.head}
+    return {**self.params, **own, 'vocabulary': vocabulary}

@@ -271,6 +271,8 @@ class TrainedHeads:
     vocabulary: [R] tokens that they may guess, if the form has a vocabulary.
     trees: Shapes of drafts to choose from, each of another size.
     least_chance: See `Medusa`.
+    head: Parameters of a head [R] of its own, stored in another way than the
+      target's rows, which None takes; see `drafts.quantized`.
   """
 
   form: Heads
@@ -278,6 +280,7 @@ class TrainedHeads:
   vocabulary: jax.Array | None = None
   trees: tuple[TokenTree, ...]
   least_chance: float = 0.0
+  head: Params | None = None
 
   def __post_init__(self):
     draft_vocabulary.check(self.vocabulary, self.form.vocabulary)
@@ -288,7 +291,8 @@ class TrainedHeads:
     if self.vocabulary is None:
       return self.params
     vocabulary = jnp.asarray(self.vocabulary, jnp.int32)
-    return {**self.params, 'vocabulary': vocabulary}
+    own = {} if self.head is None else {'head': self.head}
+    return {**self.params, **own, 'vocabulary': vocabulary}
 
 
 class State(NamedTuple):
@@ -303,8 +307,8 @@ class Medusa:
   """The drafter: guesses of the heads on a tree; see `drafters`.
 
   The draft's parameters are those of `init`, and beside them `vocabulary` [R]
-  int32 if the form has one. The draft is deterministic, so sampled text is
-  verified as on any deterministic draft.
+  int32 if the form has one, and perhaps a `head` for it. The draft is
+  deterministic, so sampled text is verified as on any deterministic draft.
 
   Attributes:
     heads: Form of the heads, whose parameters are the draft's.
@@ -363,7 +367,9 @@ class Medusa:
     state = jnp.where(context.length[:, None] > 1, state, 0)
     head = None
     if self.heads.vocabulary is not None and not self.heads.own:
-      head = draft_vocabulary.head(weights.target, weights.draft['vocabulary'])
+      vocabulary = weights.draft['vocabulary']
+      if 'head' not in weights.draft:
+        head = draft_vocabulary.head(weights.target, vocabulary)
     return State(state, head)
 
   def propose(self, weights, state, cache, context, length, purpose):
@@ -372,7 +378,7 @@ class Medusa:
     tree = self.tree(length)
     # A lower tree asks fewer heads; a bias waits for the tokens.
     asked = dataclasses.replace(self.heads, count=tree.height, markov=0)
-    head = weights.target if state.head is None else state.head
+    head = draft_vocabulary.chosen(weights, state.head)
     scores = logits(asked, weights.draft, state.hidden, self.output_head, head)
     if self.heads.markov:
       tokens = self._level_by_level(weights, scores, context, tree)
