@@ -39,7 +39,7 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   # of trees, the one of that many tokens; 'medusa chain, 3' is no tree.
   config.methods = ('n-gram', 'early exit, 3', 'draft model, 3')
   if demo:
-    config.methods = ('n-gram', 'medusa, 7', 'eagle, 7')
+    config.methods = ('n-gram', 'medusa chain, 3', 'eagle chain, 3')
   config.fixed_lengths = (3, 7)  # of n-gram, beside the adaptive one
   config.exit_layers = 10
   config.draft_every = 3  # the draft model: every third layer, untrained

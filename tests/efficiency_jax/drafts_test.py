@@ -25,7 +25,9 @@ from efficiency_jax.decoding import token_tree
 from efficiency_jax.io import arrays
 from efficiency_jax.io import errors
 from efficiency_jax.io import untrained
+from efficiency_jax.leaves import QTensor
 from efficiency_jax.models import config as model_config
+from efficiency_jax.quantization import rules
 from tests import fixtures
 
 _KEY = jax.random.key(0)
@@ -164,6 +166,27 @@ def test_a_narrow_draft_is_saved_as_it_is(tmp_path):
   )
 
 
+def _write(lm, draft, drafter, length):
+  return generation.generate(
+    lm,
+    ['to be or not to be', 'x'],
+    drafter=drafter,
+    heads=draft,
+    draft_length=length,
+    max_new_tokens=24,
+    stop=False,
+  ).rows
+
+
+def _check_alike(rows, others):
+  for a, b in zip(rows, others, strict=True):
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_array_equal(a.run, b.run)
+    np.testing.assert_array_equal(a.refused, b.refused)
+    # A text is the target's whatever is drafted: the drafts must be there.
+    assert (a.refused >= 0).sum() >= 5
+
+
 @pytest.mark.parametrize(
   ('drafter', 'length'), [('eagle', 3), ('medusa', 5), ('draft model', 3)]
 )
@@ -171,22 +194,55 @@ def test_a_loaded_draft_drafts_as_the_saved_one(tmp_path, drafter, length):
   lm = _lm()
   draft = _KINDS[drafter](lm)
   drafts.save(tmp_path / 'x', draft, lm=lm, card=_CARD)
-  write = lambda heads: generation.generate(
-    lm,
-    ['to be or not to be', 'x'],
-    drafter=drafter,
-    heads=heads,
-    draft_length=length,
-    max_new_tokens=24,
-    stop=False,
+  loaded = drafts.load(tmp_path / 'x', lm)
+  _check_alike(
+    _write(lm, _rounded(draft), drafter, length),
+    _write(lm, loaded, drafter, length),
   )
-  saved, loaded = write(_rounded(draft)), write(drafts.load(tmp_path / 'x', lm))
-  for a, b in zip(saved.rows, loaded.rows, strict=True):
+
+
+@pytest.mark.parametrize(('drafter', 'length'), [('eagle', 3), ('medusa', 5)])
+def test_a_quantized_draft_drafts_what_its_weights_stand_for(drafter, length):
+  lm = _lm()
+  draft = _KINDS[drafter](lm)
+  small = drafts.quantized(draft, lm, 'int8')
+  table = draft_vocabulary.table(small.head)
+  assert isinstance(table, QTensor)
+  assert trees.count_bytes(small.params) < 0.6 * trees.count_bytes(draft.params)
+  meant = dataclasses.replace(
+    draft,
+    params=rules.dequantize(small.params),
+    head=rules.dequantize(small.head),
+  )
+  rows = _write(lm, small, drafter, length)
+  _check_alike(rows, _write(lm, meant, drafter, length))
+  # Another head drafts something else, and no text changes.
+  backwards = jax.tree.map(lambda x: x[::-1], meant.head)
+  other = _write(
+    lm, dataclasses.replace(meant, head=backwards), drafter, length
+  )
+  for a, b in zip(rows, other, strict=True):
     np.testing.assert_array_equal(a.tokens, b.tokens)
-    np.testing.assert_array_equal(a.run, b.run)
-    np.testing.assert_array_equal(a.refused, b.refused)
-    # A text is the target's whatever is drafted: the drafts must be there.
-    assert (a.refused >= 0).sum() >= 5
+  assert any(
+    not np.array_equal(a.refused, b.refused)
+    for a, b in zip(rows, other, strict=True)
+  )
+
+
+def test_drafts_without_a_head_of_their_own_are_quantized_too():
+  lm = _lm()
+  for kind in ('eagle of all tokens', 'draft model'):
+    draft = _KINDS[kind](lm)
+    small = drafts.quantized(draft, lm, 'W8A8')
+    assert getattr(small, 'head', None) is None
+    size = trees.count_bytes(draft.params)
+    assert trees.count_bytes(small.params) < 0.6 * size
+
+
+def test_recipes_that_need_text_are_refused():
+  lm = _lm()
+  with pytest.raises(ValueError, match="'GPTQ int4' needs calibration text"):
+    drafts.quantized(_eagle(lm), lm, 'GPTQ int4')
 
 
 @pytest.mark.parametrize('value', [np.nan, -np.inf, 65520.0])

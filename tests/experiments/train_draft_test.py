@@ -64,6 +64,25 @@ def test_rows_report_and_figure(finished):
   assert [e['step'] for e in steps if 'gradient_norm' in e] == [1, 2, 3, 4]
 
 
+def test_training_begins_with_another_draft(finished, tmp_path, tiny_answers):
+  path = finished / 'draft.safetensors'
+  _start(tmp_path / 'run', tiny_answers, f'--config.start={path}')
+  first = (tmp_path / 'run' / 'training.jsonl').read_text().splitlines()[0]
+  before = (finished / 'training.jsonl').read_text().splitlines()
+  losses = [json.loads(line).get('loss') for line in before]
+  assert json.loads(first)['loss'] < losses[0]
+
+
+def test_a_draft_of_another_form_is_no_beginning(
+  finished, tmp_path, tiny_answers, capsys
+):
+  path = finished / 'draft.safetensors'
+  flags = (f'--config.start={path}', '--config.ffn_width=8')
+  with pytest.raises(SystemExit):
+    _start(tmp_path / 'run', tiny_answers, *flags)
+  assert 'is a draft of another form' in capsys.readouterr().err
+
+
 def test_answers_of_another_model_are_refused(tmp_path, tiny_answers, capsys):
   with pytest.raises(SystemExit):
     _start(tmp_path / 'run', tmp_path / 'nowhere')

@@ -123,6 +123,13 @@ def test_user_prompts_are_unique_and_in_order():
   assert found == ['Why is it?', 'Other', '?', '!']
 
 
+def test_user_prompts_of_every_turn():
+  talk = [_chat('One', 'no', 'Two', 'no', 'one'), _chat('Three', 'Two')]
+  found = chats.user_prompts(talk, first_only=False)
+  assert found == ['One', 'Two', 'Three']
+  assert chats.user_prompts(talk) == ['One', 'Three']
+
+
 def test_without_looks_for_whole_words_in_every_turn():
   message = 'Write a poem:\nof rain.'
   kept = [

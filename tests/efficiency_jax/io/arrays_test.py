@@ -23,6 +23,7 @@ def test_what_is_saved_is_loaded(tmp_path, metadata):
   arrays.save(tmp_path / 'new' / 'x.safetensors', values, metadata)
   loaded, said = arrays.load(tmp_path / 'new' / 'x.safetensors')
   assert said == (metadata or {})
+  assert arrays.metadata(tmp_path / 'new' / 'x.safetensors') == said
   assert loaded.keys() == values.keys()
   for name, value in values.items():
     np.testing.assert_array_equal(loaded[name], value, strict=True)
