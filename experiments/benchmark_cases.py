@@ -234,7 +234,7 @@ def assistant(
     lm,
     name=f'draft of {lm.name}',
     config=form.config,
-    params=draft_model.weights(form, draft.params, lm.params),
+    params=rules.dequantize(draft_model.weights(form, draft.params, lm.params)),
   )
 
 

@@ -15,13 +15,14 @@ if platform == 'cpu':
   # Eight virtual devices, so that sharding is tested on any machine.
   jax.config.update('jax_num_cpu_devices', 8)
 
-# The same few examples every time, however slow the first, compiling one is.
+# The same few examples every time, however slow the first, compiling one is;
+# more of them in `make test-slow`.
 hypothesis.settings.register_profile(
   'repeatable',
   deadline=None,
   derandomize=True,
   database=None,
-  max_examples=25,
+  max_examples=int(os.environ.get('EFFICIENCY_JAX_EXAMPLES', '15')),
 )
 hypothesis.settings.load_profile('repeatable')
 

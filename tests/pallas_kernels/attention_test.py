@@ -178,7 +178,6 @@ def test_results_over_parts_of_the_keys_merge():
   assert jnp.isneginf(lse).all()
 
 
-@hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.given(
   sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)),
   heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),

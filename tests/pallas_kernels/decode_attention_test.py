@@ -252,7 +252,6 @@ def test_a_branch_of_a_tree_is_a_chain(name):
     np.testing.assert_allclose(out[:, path], alone, atol=2e-6)
 
 
-@hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.given(
   time=st.integers(1, 9),
   slots=st.integers(9, 50),

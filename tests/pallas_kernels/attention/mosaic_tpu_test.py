@@ -149,7 +149,6 @@ def test_none_of_the_kernels_has_races():
     np.testing.assert_allclose(mine, whole, atol=1e-5)
 
 
-@hypothesis.settings(max_examples=30, deadline=None)
 @hypothesis.given(
   causal=st.booleans(),
   window=st.one_of(st.none(), st.integers(1, 20)),
