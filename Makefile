@@ -18,7 +18,7 @@ test: $(VENV)/.installed  ## The tests that need neither weights nor network.
 short: $(VENV)/.installed  ## The suite of the second python.
 	$(RUN) -m pytest -q $(PARALLEL) -m 'short and not (model or network or peers or slow)'
 
-test-slow: $(VENV)/.installed  ## What takes long, and all properties at length.
+test-slow: $(VENV)/.installed  ## What takes long, and most properties at length.
 	EFFICIENCY_JAX_EXAMPLES=100 $(RUN) -m pytest -q $(PARALLEL) \
 	  -m 'slow and not (model or network or peers)'
 	EFFICIENCY_JAX_EXAMPLES=100 $(RUN) -m pytest -q $(PARALLEL) \

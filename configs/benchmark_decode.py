@@ -61,6 +61,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
       'medusa': 'smollm2-135m-medusa',
       'eagle': 'smollm2-135m-eagle',
       'draft_model': '',
+      'weights': 'W8A8',  # as in configs/decode_smollm2.py
     }
   )
   config.peers = ('transformers', 'transformers, prompt lookup', 'llama.cpp')

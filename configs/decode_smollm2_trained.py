@@ -11,9 +11,9 @@ Medusa's heads as a chain and as trees, and the one-layer draft (EAGLE) as
 chains, trees, and trees that grow where it is sure, on 8 questions of MT-bench
 and 8 problems of HumanEval, batch 1. The drafts are shipped with the package;
 `train_medusa` and `train_draft` make them anew. They are stored in W8A8, which
-changes no text (--config.trained.weights='' keeps them in float32). `:sampled`
-is temperature 1 with exact verification. `:trees` is the table of trees against
-chains at equal numbers of nodes.
+changes no greedy text (--config.trained.weights='' keeps them in float32).
+`:sampled` is temperature 1 with exact verification. `:trees` is the table of
+trees against chains at equal numbers of nodes.
 
 Hardware: two CPU cores, 4 GB of memory; 7 minutes, `:sampled` 7, `:trees` 18.
 """

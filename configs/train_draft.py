@@ -14,9 +14,10 @@ Hardware: two CPU cores, 6 GB of memory, 26 minutes. Expect the first drafted
 token to be right in 40 % of the places of held-out answers.
 
 `:large` is for one GPU and the answers of `configs/answer_chats.py:large`: 9
-epochs in 3 minutes of an H200, after which the first token is right in 73 % of
-the places. The shipped draft was made there in two steps: four epochs at 6e-4,
-then --config.start with six epochs at 1e-3 on 16,384 answers of another seed.
+epochs in some 3 minutes of an H200, near the end of which the first token was
+right in 73 % of the places. The shipped draft was made there in two steps,
+whose commands are in RESULTS.md: four epochs at 6e-4, then --config.start with
+six epochs at 1e-3 on 16,384 answers of another seed.
 """
 
 import ml_collections

@@ -38,9 +38,8 @@ from efficiency_jax.decoding import token_tree
 from efficiency_jax.io import arrays
 from efficiency_jax.io import errors
 from efficiency_jax.io.pretrained import LanguageModel
+from efficiency_jax.leaves import QTensor
 from efficiency_jax.linear import embed
-from efficiency_jax.quantization import recipes
-from efficiency_jax.quantization import rules
 from efficiency_jax.types import Params
 
 Draft = medusa.TrainedHeads | eagle.TrainedDraft | draft_model.TrainedDraft
@@ -112,11 +111,18 @@ def save(
     card: What people should know: data, command, numbers, licence.
 
   Raises:
-    ValueError: A parameter is not finite in float16, or not one that the form
-      has for this target; the draft is for another config; one of its trees
-      has no fixed shape; or the card holds something else than strings. The
-      file is as it was.
+    ValueError: The draft is quantized; a parameter is not finite in float16, or
+      not one that the form has for this target; the draft is for another
+      config; one of its trees has no fixed shape; or the card holds something
+      else than strings. The file is as it was.
   """
+  narrow = lambda leaf: isinstance(leaf, QTensor)
+  params = jax.tree.leaves(draft.params, is_leaf=narrow)
+  if getattr(draft, 'head', None) is not None or any(map(narrow, params)):
+    raise ValueError(
+      'the draft is quantized: save the one that it was made of, and quantize'
+      ' it when it is loaded.'
+    )
   form = {
     field.name: getattr(draft.form, field.name)
     for field in dataclasses.fields(draft.form)
@@ -194,38 +200,6 @@ def load(path: str | os.PathLike[str], lm: LanguageModel) -> Draft:
       vocabulary=vocabulary,
       trees=tuple(token_tree.TokenTree(tuple(t)) for t in facts['trees']),
     )
-
-
-def quantized(draft: Draft, lm: LanguageModel, recipe: str) -> Draft:
-  """A draft whose matrices are stored by one of `quantization.recipes`.
-
-  With it goes its output head, if that is one of fewer tokens than the target
-  has. A draft only proposes: the text is its target's, to the last token, and a
-  rounded draft is right about as often and is read in a fraction of the time.
-  Such a draft is used and not saved: it is made again when it is needed.
-
-  Args:
-    draft: With plain parameters.
-    lm: Its target.
-    recipe: One that needs no calibration text.
-
-  Raises:
-    ValueError: There is no such recipe, or it needs text.
-  """
-  if recipes.needs_text(recipe):
-    raise ValueError(
-      f'{recipe!r} needs calibration text, which drafts have none of: take a'
-      " recipe without, such as 'int8' or 'W8A8'."
-    )
-  chosen = recipes.named(recipe)
-  params, _ = rules.quantize(draft.params, chosen)
-  draft = dataclasses.replace(draft, params=params)
-  if draft.vocabulary is None or isinstance(draft, draft_model.TrainedDraft):
-    return draft
-  whole = rules.dequantize(lm.params)
-  head = draft_vocabulary.head(whole, jnp.asarray(draft.vocabulary))
-  head, _ = rules.quantize(head, chosen)
-  return dataclasses.replace(draft, head=head)
 
 
 def kind(draft: Draft) -> str:

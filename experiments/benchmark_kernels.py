@@ -3,8 +3,8 @@
     python -m experiments.benchmark_kernels \\
       --config=configs/benchmark_kernels_cpu.py --workdir=runs/benchmark_kernels
 
-Every case runs its implementations in turns on the same random data; memory is
-what the compiler plans for scratch and outputs.
+Every case runs its implementations on the same random data, in turns, or on a
+GPU by its own clock; memory is what the compiler plans for scratch and outputs.
 """
 
 from collections.abc import Sequence
@@ -27,6 +27,7 @@ COLUMNS = {
   'implementation': 'implementation',
   'sequence_length': 'n',
   'milliseconds': 'ms',
+  'clock': 'by the clock of the',
   'speedup': 'speed-up',
   'gigaflops_per_second': 'GFLOP/s',
   'roofline_fraction': 'of roofline',

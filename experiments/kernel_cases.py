@@ -318,13 +318,13 @@ def measure(
     jnp.asarray(rng.standard_normal(shape), case.dtype) for shape in case.shapes
   ]
   ready = {name: prepare(*inputs) for name, prepare in case.candidates.items()}
-  timings = _timings(ready, config.repeats)
+  measured, clocks = timings(ready, config.repeats)
   baseline = next(iter(ready))
   results = lambda candidate: candidate.read(candidate.call())
   right = results(ready[baseline]) if case.alike else None
   rows = []
   for name, candidate in ready.items():
-    seconds = timings[name].median_seconds
+    seconds = measured[name].median_seconds
     work = case.work[name] if isinstance(case.work, dict) else case.work
     least = work.seconds(
       machine['flops_per_second'], machine['bytes_per_second']
@@ -337,11 +337,12 @@ def measure(
         'implementation': name,
         'shape': ' '.join('x'.join(map(str, x)) for x in case.shapes),
         'sequence_length': case.size,
+        'clock': clocks[name],
         'milliseconds': 1e3 * seconds,
-        'milliseconds_minimum': 1e3 * timings[name].minimum_seconds,
-        'milliseconds_spread': 1e3 * timings[name].spread_seconds,
+        'milliseconds_minimum': 1e3 * measured[name].minimum_seconds,
+        'milliseconds_spread': 1e3 * measured[name].spread_seconds,
         'baseline': baseline,
-        'speedup': timings[baseline].median_seconds / seconds,
+        'speedup': measured[baseline].median_seconds / seconds,
         'gigaflops_per_second': work.flops / seconds / 1e9,
         'gigabytes_per_second': work.bytes / seconds / 1e9,
         'roofline_fraction': least / seconds,
@@ -354,19 +355,20 @@ def measure(
   return rows
 
 
-def _timings(
+def timings(
   ready: Mapping[str, baselines.Ready], repeats: int
-) -> dict[str, speed.Timing]:
-  """By the clock of the device where it tells, else by the host's, in turns."""
+) -> tuple[dict[str, speed.Timing], dict[str, str]]:
+  """Times, and whose clock they are by: that of the device where it tells."""
   found = {}
   for name, candidate in ready.items():
     if candidate.on_device is not None:
-      with contextlib.suppress(RuntimeError):
+      with contextlib.suppress(speed.NoClock):
         found[name] = candidate.on_device(repeats)
+  clocks = {n: 'device' if n in found else 'host' for n in ready}
   others = {n: c.call for n, c in ready.items() if n not in found}
-  if others:
+  if others:  # in turns
     found |= speed.compare(others, repeats=repeats)
-  return found
+  return found, clocks
 
 
 def _tiles(size: int, config: ml_collections.ConfigDict) -> masks.Tiles:

@@ -5,6 +5,7 @@ import pathlib
 
 from efficiency_jax import drafts
 from efficiency_jax import engine as engine_lib
+from efficiency_jax import quantized_drafts
 from efficiency_jax.decoding import dynamic_tree
 from efficiency_jax.decoding import token_tree
 from efficiency_jax.evaluation import decoding
@@ -135,4 +136,4 @@ def trained(lm, config, kind: str) -> drafts.Draft | None:
       f'--config.trained.{flag}={name} is a draft for {wanted!r}.'
     )
   recipe = config.trained.get('weights', '')
-  return drafts.quantized(draft, lm, recipe) if recipe else draft
+  return quantized_drafts.quantize(draft, lm, recipe) if recipe else draft

@@ -83,12 +83,22 @@ def experiment(
 
 
 def _start(lm, form, path: str):
-  """The parameters of a trained draft, whose form must be `form`."""
+  """The parameters of a trained draft, whose form must be `form`.
+
+  Which tokens its vocabulary held does not matter: its states are scored by the
+  target's head, whatever rows of it are asked for.
+  """
   draft = drafts.load(path, lm)
-  if drafts.kind(draft) != 'eagle' or draft.form != form:
+  if drafts.kind(draft) != 'eagle':
     raise ValueError(
-      f'--config.start={path} is a draft of another form: leave it out, or set'
-      f' the form to {drafts.kind(draft)} {draft.form}.'
+      f'--config.start={path} is for {drafts.kind(draft)!r}: take a file that'
+      ' train_draft made.'
+    )
+  if draft.form != form:
+    raise ValueError(
+      f'--config.start={path} is a draft of another form: set'
+      f' --config.vocabulary={draft.form.vocabulary or 0} and'
+      f' --config.ffn_width={draft.form.ffn_width or 0}.'
     )
   return draft.params
 

@@ -35,6 +35,7 @@ LIBRARY = BELOW_TRAINING | {
   'evaluation',
   'footprint',
   'generation',
+  'quantized_drafts',
   'training',
 }
 
@@ -55,7 +56,8 @@ MAY_IMPORT = {
   # QLoRA is LoRA over a 4-bit model: the method itself needs both.
   'adaptation': GROUND | {'models', 'quantization'},
   # Trained drafts as files, and in few bits.
-  'drafts': GROUND | {'models', 'io', 'decoding', 'quantization'},
+  'drafts': GROUND | {'models', 'io', 'decoding'},
+  'quantized_drafts': GROUND | {'io', 'decoding', 'quantization', 'drafts'},
   'binary_files': GROUND | {'io', 'binarization'},
   # A model made ready to decode; and text in, text out around it.
   'engine': GROUND | {'models', 'io', 'decoding'},

@@ -342,7 +342,7 @@ class TrainedDraft:
     vocabulary: [R] tokens that it may draft, if the form has a vocabulary.
     trees: Shapes of drafts, if not chains alone.
     head: Parameters of a head [R] of its own, stored in another way than the
-      target's rows, which None takes; see `drafts.quantized`.
+      target's rows, which None takes; see `quantized_drafts`.
   """
 
   form: Form
@@ -353,6 +353,8 @@ class TrainedDraft:
 
   def __post_init__(self):
     draft_vocabulary.check(self.vocabulary, self.form.vocabulary)
+    if self.head is not None and self.vocabulary is None:
+      raise ValueError('a head of its own needs the vocabulary that it scores.')
 
   @property
   def weights(self) -> Params:

@@ -272,7 +272,7 @@ class TrainedHeads:
     trees: Shapes of drafts to choose from, each of another size.
     least_chance: See `Medusa`.
     head: Parameters of a head [R] of its own, stored in another way than the
-      target's rows, which None takes; see `drafts.quantized`.
+      target's rows, which None takes; see `quantized_drafts`.
   """
 
   form: Heads
@@ -284,6 +284,8 @@ class TrainedHeads:
 
   def __post_init__(self):
     draft_vocabulary.check(self.vocabulary, self.form.vocabulary)
+    if self.head is not None and self.vocabulary is None:
+      raise ValueError('a head of its own needs the vocabulary that it scores.')
 
   @property
   def weights(self) -> Params:

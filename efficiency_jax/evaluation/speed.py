@@ -78,6 +78,10 @@ class CompiledBytes:
   aliased: int
 
 
+class NoClock(Exception):  # noqa: N818
+  """A device does not tell how long it computed; the host's clock is left."""
+
+
 def measure(
   fn: Callable[..., Any], *args: Any, repeats: int = 5, warmup: int = 1
 ) -> Timing:
@@ -155,15 +159,17 @@ def on_gpu(
   most of the time of a small program.
 
   Raises:
-    RuntimeError: The GPU does not tell, or runs other kernels from call to
-      call.
+    NoClock: The GPU does not tell, or runs other kernels from call to call.
   """
   from jax.experimental.mosaic.gpu import profiler
 
-  jax.block_until_ready(program(*args))  # it may settle into a graph
-  _, found = profiler.measure(program, iterations=repeats)(*args)
+  jax.block_until_ready(program(*args))  # what fails, fails here
+  try:
+    _, found = profiler.measure(program, iterations=repeats)(*args)
+  except RuntimeError as error:
+    raise NoClock(str(error)) from error
   if found is None:
-    raise RuntimeError('the GPU tells no times of kernels.')
+    raise NoClock('the GPU tells no times of kernels.')
   times = found if isinstance(found, list) else [found]
   return Timing(times=tuple(1e-3 * t for t in times), compile_seconds=0.0)
 

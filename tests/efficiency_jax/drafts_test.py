@@ -14,50 +14,18 @@ import pytest
 import tokenizers
 
 from efficiency_jax import drafts
-from efficiency_jax import generation
 from efficiency_jax import trees
-from efficiency_jax.decoding import draft_model
-from efficiency_jax.decoding import draft_vocabulary
 from efficiency_jax.decoding import dynamic_tree
-from efficiency_jax.decoding import eagle
-from efficiency_jax.decoding import medusa
-from efficiency_jax.decoding import token_tree
 from efficiency_jax.io import arrays
 from efficiency_jax.io import errors
-from efficiency_jax.io import untrained
-from efficiency_jax.leaves import QTensor
 from efficiency_jax.models import config as model_config
-from efficiency_jax.quantization import rules
 from tests import fixtures
-
-_KEY = jax.random.key(0)
-_CARD = {'data': 'nothing at all', 'licence': 'Apache-2.0 – "as is"'}
-_VOCABULARY = np.asarray([3, 0, 256, 97, 98, 101, 116, 32], np.int32)
-_TREES = tuple(
-  token_tree.from_choices(choices)
-  for choices in ([(0,), (1,), (0, 0)], [(0,), (1,), (2,), (0, 0), (0, 1)])
-)
-
-
-@functools.cache
-def _lm(**fields):
-  config = fixtures.config(vocab_size=257, max_positions=256, **fields)
-  lm = untrained.language_model()
-  return dataclasses.replace(lm, config=config, params=fixtures.params(config))
+from tests.efficiency_jax import draft_cases as cases
 
 
 def _with_config(lm, **fields):
   config = dataclasses.replace(lm.config, **fields)
   return dataclasses.replace(lm, config=config, name='sibling')
-
-
-def _random(init):
-  """Random parameters of the shapes that `init` would give."""
-  rng = np.random.default_rng(0)
-  one = lambda x: 0.5 * rng.standard_normal(x.shape) + (x.ndim == 1)
-  return jax.tree.map(
-    lambda x: jnp.asarray(one(x), jnp.float32), jax.eval_shape(init)
-  )
 
 
 def _rounded(draft):
@@ -67,68 +35,14 @@ def _rounded(draft):
   )
 
 
-def _eagle(lm, *, reduced: bool = True, shapes=_TREES, **form):
-  form = eagle.Form(
-    target=lm.config, vocabulary=len(_VOCABULARY) if reduced else None, **form
-  )
-  return eagle.TrainedDraft(
-    form=form,
-    params=_random(lambda: eagle.init(form, _KEY)),
-    vocabulary=_VOCABULARY if reduced else None,
-    trees=shapes,
-  )
-
-
-def _medusa(lm, *, reduced: bool = True, **form):
-  form = medusa.Heads(
-    count=2, vocabulary=len(_VOCABULARY) if reduced else None, **form
-  )
-  tokens = jnp.asarray(_VOCABULARY) if reduced else None
-  table = draft_vocabulary.head(lm.params, tokens)
-  width, size = lm.config.width, lm.config.vocab_size
-  init = lambda: medusa.init(form, _KEY, width, size, table)
-  return medusa.TrainedHeads(
-    form=form,
-    params=_random(init),
-    vocabulary=_VOCABULARY if reduced else None,
-    trees=_TREES,
-  )
-
-
-def _model(lm, *, reduced: bool = True, shapes=(), **form):
-  form = draft_model.Form(
-    target=lm.config,
-    vocabulary=len(_VOCABULARY) if reduced else None,
-    **{'layers': (1,), **form},
-  )
-  return draft_model.TrainedDraft(
-    form=form,
-    params=_random(lambda: draft_model.init(form, lm.params)),
-    vocabulary=_VOCABULARY if reduced else None,
-    trees=shapes,
-  )
-
-
-_KINDS = {
-  'eagle': _eagle,
-  'eagle of all tokens': lambda lm: _eagle(
-    lm, reduced=False, shapes=(), ffn_width=8
-  ),
-  'medusa': lambda lm: _medusa(lm, markov=2, rank=3),
-  'medusa of all tokens': lambda lm: _medusa(lm, reduced=False, own=True),
-  'draft model': lambda lm: _model(lm, shapes=_TREES, ffn_width=8),
-  'draft model of all tokens': lambda lm: _model(
-    lm, reduced=False, layers=(1, 0)
-  ),
-}
-
-
-@pytest.mark.parametrize('kind', _KINDS)
+@pytest.mark.parametrize('kind', cases.KINDS)
 def test_what_is_saved_is_loaded(tmp_path, kind):
   scaling = model_config.RopeScaling(kind='linear', factor=2.0)
-  lm = _lm(tie_embeddings=False, windows=(3, None), rope_scaling=scaling)
-  draft = _rounded(_KINDS[kind](lm))
-  drafts.save(tmp_path / 'x', draft, lm=lm, card=_CARD)
+  lm = cases.language_model(
+    tie_embeddings=False, windows=(3, None), rope_scaling=scaling
+  )
+  draft = _rounded(cases.KINDS[kind](lm))
+  drafts.save(tmp_path / 'x', draft, lm=lm, card=cases.CARD)
   loaded = drafts.load(tmp_path / 'x', lm)
   assert type(loaded) is type(draft)
   assert loaded.form == draft.form
@@ -140,13 +54,13 @@ def test_what_is_saved_is_loaded(tmp_path, kind):
     np.testing.assert_array_equal(
       np.asarray(loaded.vocabulary), draft.vocabulary, strict=True
     )
-  assert drafts.card(tmp_path / 'x') == _CARD
+  assert drafts.card(tmp_path / 'x') == cases.CARD
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
 def test_parameters_have_the_dtype_of_the_target(tmp_path, dtype):
-  lm = _lm()
-  draft = _rounded(_eagle(lm))
+  lm = cases.language_model()
+  draft = _rounded(cases.eagle_draft(lm))
   drafts.save(tmp_path / 'x', draft, lm=lm, card={})
   narrow = dataclasses.replace(lm, params=trees.cast(lm.params, dtype))
   loaded = drafts.load(tmp_path / 'x', narrow)
@@ -155,8 +69,8 @@ def test_parameters_have_the_dtype_of_the_target(tmp_path, dtype):
 
 
 def test_a_narrow_draft_is_saved_as_it_is(tmp_path):
-  lm = _lm()
-  draft = _eagle(lm)
+  lm = cases.language_model()
+  draft = cases.eagle_draft(lm)
   narrow = trees.cast(draft.params, jnp.bfloat16)
   draft = dataclasses.replace(draft, params=narrow)
   drafts.save(tmp_path / 'x', draft, lm=lm, card={})
@@ -166,103 +80,38 @@ def test_a_narrow_draft_is_saved_as_it_is(tmp_path):
   )
 
 
-def _write(lm, draft, drafter, length):
-  return generation.generate(
-    lm,
-    ['to be or not to be', 'x'],
-    drafter=drafter,
-    heads=draft,
-    draft_length=length,
-    max_new_tokens=24,
-    stop=False,
-  ).rows
-
-
-def _check_alike(rows, others):
-  for a, b in zip(rows, others, strict=True):
-    np.testing.assert_array_equal(a.tokens, b.tokens)
-    np.testing.assert_array_equal(a.run, b.run)
-    np.testing.assert_array_equal(a.refused, b.refused)
-    # A text is the target's whatever is drafted: the drafts must be there.
-    assert (a.refused >= 0).sum() >= 5
-
-
 @pytest.mark.parametrize(
   ('drafter', 'length'), [('eagle', 3), ('medusa', 5), ('draft model', 3)]
 )
 def test_a_loaded_draft_drafts_as_the_saved_one(tmp_path, drafter, length):
-  lm = _lm()
-  draft = _KINDS[drafter](lm)
-  drafts.save(tmp_path / 'x', draft, lm=lm, card=_CARD)
+  lm = cases.language_model()
+  draft = cases.KINDS[drafter](lm)
+  drafts.save(tmp_path / 'x', draft, lm=lm, card=cases.CARD)
   loaded = drafts.load(tmp_path / 'x', lm)
-  _check_alike(
-    _write(lm, _rounded(draft), drafter, length),
-    _write(lm, loaded, drafter, length),
+  cases.check_alike(
+    cases.write(lm, _rounded(draft), drafter, length),
+    cases.write(lm, loaded, drafter, length),
   )
-
-
-@pytest.mark.parametrize(('drafter', 'length'), [('eagle', 3), ('medusa', 5)])
-def test_a_quantized_draft_drafts_what_its_weights_stand_for(drafter, length):
-  lm = _lm()
-  draft = _KINDS[drafter](lm)
-  small = drafts.quantized(draft, lm, 'int8')
-  table = draft_vocabulary.table(small.head)
-  assert isinstance(table, QTensor)
-  assert trees.count_bytes(small.params) < 0.6 * trees.count_bytes(draft.params)
-  meant = dataclasses.replace(
-    draft,
-    params=rules.dequantize(small.params),
-    head=rules.dequantize(small.head),
-  )
-  rows = _write(lm, small, drafter, length)
-  _check_alike(rows, _write(lm, meant, drafter, length))
-  # Another head drafts something else, and no text changes.
-  backwards = jax.tree.map(lambda x: x[::-1], meant.head)
-  other = _write(
-    lm, dataclasses.replace(meant, head=backwards), drafter, length
-  )
-  for a, b in zip(rows, other, strict=True):
-    np.testing.assert_array_equal(a.tokens, b.tokens)
-  assert any(
-    not np.array_equal(a.refused, b.refused)
-    for a, b in zip(rows, other, strict=True)
-  )
-
-
-def test_drafts_without_a_head_of_their_own_are_quantized_too():
-  lm = _lm()
-  for kind in ('eagle of all tokens', 'draft model'):
-    draft = _KINDS[kind](lm)
-    small = drafts.quantized(draft, lm, 'W8A8')
-    assert getattr(small, 'head', None) is None
-    size = trees.count_bytes(draft.params)
-    assert trees.count_bytes(small.params) < 0.6 * size
-
-
-def test_recipes_that_need_text_are_refused():
-  lm = _lm()
-  with pytest.raises(ValueError, match="'GPTQ int4' needs calibration text"):
-    drafts.quantized(_eagle(lm), lm, 'GPTQ int4')
 
 
 @pytest.mark.parametrize('value', [np.nan, -np.inf, 65520.0])
 def test_a_draft_that_float16_cannot_hold_is_not_saved(tmp_path, value):
-  lm = _lm()
-  draft = _eagle(lm)
-  drafts.save(tmp_path / 'x', draft, lm=lm, card=_CARD)
+  lm = cases.language_model()
+  draft = cases.eagle_draft(lm)
+  drafts.save(tmp_path / 'x', draft, lm=lm, card=cases.CARD)
   before = (tmp_path / 'x').read_bytes()
   params = {**draft.params, 'fuse': {'kernel': jnp.full((32, 16), value)}}
   broken = dataclasses.replace(draft, params=params)
   for name in ('x', 'new/y'):
     with pytest.raises(ValueError, match='fuse/kernel is not finite in float'):
-      drafts.save(tmp_path / name, broken, lm=lm, card=_CARD)
+      drafts.save(tmp_path / name, broken, lm=lm, card=cases.CARD)
   assert (tmp_path / 'x').read_bytes() == before
   assert [path.name for path in tmp_path.iterdir()] == ['x']
 
 
 def test_the_largest_float16_is_saved(tmp_path):
-  lm = _lm()
-  draft = _eagle(lm)
+  lm = cases.language_model()
+  draft = cases.eagle_draft(lm)
   params = {**draft.params, 'fuse': {'kernel': jnp.full((32, 16), -65504.0)}}
   draft = dataclasses.replace(draft, params=params)
   drafts.save(tmp_path / 'x', draft, lm=lm, card={})
@@ -271,14 +120,14 @@ def test_the_largest_float16_is_saved(tmp_path):
 
 
 def test_a_draft_is_saved_with_its_own_target_and_a_card_of_strings(tmp_path):
-  lm = _lm()
+  lm = cases.language_model()
   other = _with_config(lm, rope_theta=77.0)
-  for draft in (_eagle(other), _model(other)):
+  for draft in (cases.eagle_draft(other), cases.cut_model(other)):
     with pytest.raises(ValueError, match='another config than .*untrained-0'):
-      drafts.save(tmp_path / 'x', draft, lm=lm, card=_CARD)
+      drafts.save(tmp_path / 'x', draft, lm=lm, card=cases.CARD)
   for card in ({'tokens a run': 2.5}, {1: 'one'}):
     with pytest.raises(ValueError, match='card must map strings to strings'):
-      drafts.save(tmp_path / 'x', _eagle(lm), lm=lm, card=card)
+      drafts.save(tmp_path / 'x', cases.eagle_draft(lm), lm=lm, card=card)
   assert list(tmp_path.iterdir()) == []
 
 
@@ -303,17 +152,17 @@ def test_other_parameters_than_those_of_the_form(
   tmp_path, kind, leaf, change, problem
 ):
   """They are not saved, and not loaded from what another version saved."""
-  lm = _lm()
-  draft = _KINDS[kind](lm)
+  lm = cases.language_model()
+  draft = cases.KINDS[kind](lm)
   changed = traverse_util.flatten_dict(draft.params, sep='/')
   changed[leaf] = change(changed[leaf])
   changed = {k: v for k, v in changed.items() if v is not None}
   changed = traverse_util.unflatten_dict(changed, sep='/')
   broken = dataclasses.replace(draft, params=changed)
   with pytest.raises(ValueError, match=f'^parameter {leaf} {problem}: save'):
-    drafts.save(tmp_path / 'x', broken, lm=lm, card=_CARD)
+    drafts.save(tmp_path / 'x', broken, lm=lm, card=cases.CARD)
   assert list(tmp_path.iterdir()) == []
-  drafts.save(tmp_path / 'x', draft, lm=lm, card=_CARD)
+  drafts.save(tmp_path / 'x', draft, lm=lm, card=cases.CARD)
   _rewritten(tmp_path / 'x', changed)
   message = f'x: parameter {leaf} {problem}; update efficiency_jax.*file$'
   with pytest.raises(errors.FileFormatError, match=message) as caught:
@@ -322,29 +171,31 @@ def test_other_parameters_than_those_of_the_form(
 
 
 def test_parameters_that_no_form_has(tmp_path):
-  lm = _lm()
-  draft = _model(lm)
+  lm = cases.language_model()
+  draft = cases.cut_model(lm)
   params = {**draft.params, 'layers_1': draft.params['layers_0']}
   draft = dataclasses.replace(draft, params=params)
   message = 'parameter layers_1/attention/output/kernel is not one of its form'
   with pytest.raises(ValueError, match=message):
-    drafts.save(tmp_path / 'x', draft, lm=lm, card=_CARD)
+    drafts.save(tmp_path / 'x', draft, lm=lm, card=cases.CARD)
 
 
 def test_trees_that_grow_are_not_saved(tmp_path):
   growth = dynamic_tree.Growth(nodes=4, expand=2, height=2)
-  draft = _eagle(_lm(), shapes=(growth,))
+  draft = cases.eagle_draft(cases.language_model(), shapes=(growth,))
   with pytest.raises(ValueError, match='trees that grow are not saved'):
-    drafts.save(tmp_path / 'x', draft, lm=_lm(), card={})
+    drafts.save(tmp_path / 'x', draft, lm=cases.language_model(), card={})
   assert not list(tmp_path.iterdir())
 
 
 def test_heads_are_saved_with_a_target_of_their_width(tmp_path):
-  lm = _lm()
+  lm = cases.language_model()
   config = dataclasses.replace(lm.config, width=32)
   wide = dataclasses.replace(lm, config=config, params=fixtures.params(config))
   with pytest.raises(ValueError, match=r'parameter head_0/block_0/kernel has'):
-    drafts.save(tmp_path / 'x', _medusa(lm), lm=wide, card=_CARD)
+    drafts.save(
+      tmp_path / 'x', cases.medusa_heads(lm), lm=wide, card=cases.CARD
+    )
 
 
 def _from_another_beginning(lm):
@@ -374,9 +225,9 @@ def _with_another_token(lm):
   ids=['tokenizer', 'width', 'windows', 'weights'],
 )
 def test_another_target_is_refused(tmp_path, kind, other, why):
-  lm = _lm()
+  lm = cases.language_model()
   other = other(lm)
-  drafts.save(tmp_path / 'x', _KINDS[kind](lm), lm=lm, card=_CARD)
+  drafts.save(tmp_path / 'x', cases.KINDS[kind](lm), lm=lm, card=cases.CARD)
   message = (
     rf'^\S*x is a draft for {lm.name!r}, not for {other.name!r} \({why}\):'
     rf' take one that was trained for {other.name!r}\.$'
@@ -398,14 +249,14 @@ def _in_4_bits(x):
     lambda x: x.astype(jnp.bfloat16),
     lambda x: x.astype(jnp.float16),
     _in_4_bits,
-    lambda x: x + 0.2 * jnp.std(x) * jax.random.normal(_KEY, x.shape),
+    lambda x: x + 0.2 * jnp.std(x) * jax.random.normal(cases.KEY, x.shape),
   ],
   ids=['bfloat16', 'float16', '4 bits', 'tuned'],
 )
 def test_the_target_is_known_however_it_was_rounded(tmp_path, change):
-  lm = _lm()
-  draft = _eagle(lm)
-  drafts.save(tmp_path / 'x', draft, lm=lm, card=_CARD)
+  lm = cases.language_model()
+  draft = cases.eagle_draft(lm)
+  drafts.save(tmp_path / 'x', draft, lm=lm, card=cases.CARD)
   params = jax.tree.map(change, lm.params)
   loaded = drafts.load(tmp_path / 'x', dataclasses.replace(lm, params=params))
   dtype = jax.tree.leaves(params)[0].dtype
@@ -433,8 +284,8 @@ def _flip_a_parameter(data: bytes) -> bytes:
 )
 def test_a_damaged_file_is_refused(tmp_path, harm):
   path = tmp_path / 'x.safetensors'
-  lm = _lm()
-  drafts.save(path, _eagle(lm), lm=lm, card=_CARD)
+  lm = cases.language_model()
+  drafts.save(path, cases.eagle_draft(lm), lm=lm, card=cases.CARD)
   whole = path.read_bytes()
   path.write_bytes(harm(whole))
   assert path.read_bytes() != whole
@@ -469,8 +320,8 @@ def _rewritten(path: pathlib.Path, params=None, **facts) -> None:
   ],
 )
 def test_a_file_of_another_version_is_refused(tmp_path, facts, problem):
-  lm = _lm()
-  drafts.save(tmp_path / 'x', _eagle(lm), lm=lm, card=_CARD)
+  lm = cases.language_model()
+  drafts.save(tmp_path / 'x', cases.eagle_draft(lm), lm=lm, card=cases.CARD)
   _rewritten(tmp_path / 'x')
   drafts.load(tmp_path / 'x', lm)
   _rewritten(tmp_path / 'x', **facts)
@@ -480,9 +331,9 @@ def test_a_file_of_another_version_is_refused(tmp_path, facts, problem):
 
 
 def test_a_config_may_get_new_fields(tmp_path):
-  lm = _lm()
-  draft = _eagle(lm)
-  drafts.save(tmp_path / 'x', draft, lm=lm, card=_CARD)
+  lm = cases.language_model()
+  draft = cases.eagle_draft(lm)
+  drafts.save(tmp_path / 'x', draft, lm=lm, card=cases.CARD)
   target = json.loads(arrays.load(tmp_path / 'x')[1]['target'])
   del target['config']['final_softcap']
   _rewritten(tmp_path / 'x', target=target)
@@ -501,10 +352,10 @@ def test_shipped_drafts_are_found_by_name(tmp_path, monkeypatch):
   monkeypatch.setattr(drafts, '_SHIPPED', tmp_path / 'shipped')
   with pytest.raises(ValueError, match="no draft 'x' is shipped: none is"):
     drafts.shipped('x')
-  lm = _lm()
+  lm = cases.language_model()
   for name in ('b.2-eagle', 'a'):
     path = tmp_path / 'shipped' / f'{name}.safetensors'
-    drafts.save(path, _eagle(lm), lm=lm, card={'name': name})
+    drafts.save(path, cases.eagle_draft(lm), lm=lm, card={'name': name})
     assert drafts.shipped(name) == path
   assert drafts.card(drafts.shipped('b.2-eagle')) == {'name': 'b.2-eagle'}
   for unknown in ('x', 'a.safetensors', '../shipped/a', ''):

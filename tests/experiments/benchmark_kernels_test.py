@@ -7,7 +7,10 @@ import pathlib
 
 import pytest
 
+from efficiency_jax.evaluation import speed
 from experiments import benchmark_kernels
+from experiments import kernel_baselines as baselines
+from experiments import kernel_cases
 
 CONFIG = pathlib.Path(__file__).parents[2] / 'configs/benchmark_kernels_cpu.py'
 
@@ -41,6 +44,7 @@ def test_rows_table_and_figure(tmp_path):
   }
   for row in rows:
     assert row['milliseconds'] > 0
+    assert row['clock'] == 'host'
     assert row['implementation'] == 'torch' or row['peak_bytes'] > 0
     assert row['roofline_fraction'] > 0
     first = row['implementation'] == row['baseline']
@@ -53,6 +57,30 @@ def test_rows_table_and_figure(tmp_path):
       assert row['max_error'] < (0.2 if narrow else 1e-5)
   assert (tmp_path / 'run/attention.png').stat().st_size > 10_000
   assert 'of roofline' in (tmp_path / 'run/report.md').read_text()
+
+
+def test_the_clock_of_a_device_is_asked_first():
+  told = speed.Timing(times=(2.0,), compile_seconds=0.0)
+
+  def silent(repeats):
+    raise speed.NoClock
+
+  def broken(repeats):
+    raise RuntimeError('out of memory')
+
+  call = lambda: None
+  ready = {
+    'told': baselines.Ready(call, on_device=lambda repeats: told),
+    'silent': baselines.Ready(call, on_device=silent),
+    'another library': baselines.Ready(call),
+  }
+  times, clocks = kernel_cases.timings(ready, repeats=3)
+  assert times['told'] is told
+  assert list(map(clocks.get, ready)) == ['device', 'host', 'host']
+  assert len(times['silent'].times) == len(times['another library'].times) == 3
+  # What fails is not timed by another clock.
+  with pytest.raises(RuntimeError, match='out of memory'):
+    kernel_cases.timings({'x': baselines.Ready(call, on_device=broken)}, 3)
 
 
 @pytest.mark.parametrize(

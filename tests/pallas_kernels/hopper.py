@@ -48,12 +48,9 @@ def interpreter(**options):
 
 
 def races_found() -> bool:
-  """Whether the last kernel raced, run by `interpreter(detect_races=True)`.
-
-  A GPU does not tell: no race is found there.
-  """
+  """Whether the last kernel raced, run by `interpreter(detect_races=True)`."""
   if jax.default_backend() == 'gpu':
-    return False
+    pytest.skip('a GPU does not tell whether a kernel raced.')
   from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
   return interpret_pallas_call.get_races().races_found

@@ -39,8 +39,32 @@ def clock(monkeypatch):
 
 def test_a_cpu_has_no_clock_of_its_own():
   program = jax.jit(lambda x: x + 1).lower(1.0).compile()
-  with pytest.raises(RuntimeError):
+  with pytest.raises(speed.NoClock):
     speed.on_gpu(program, 1.0)
+
+
+@pytest.mark.parametrize(
+  ('told', 'seconds'), [([2.0, 3.0], (0.002, 0.003)), (2.0, (0.002,))]
+)
+def test_a_gpu_tells_milliseconds(monkeypatch, told, seconds):
+  from jax.experimental.mosaic.gpu import profiler
+
+  def measure(program, *, iterations):
+    assert iterations == len(seconds)
+    return lambda *args: (program(*args), told)
+
+  monkeypatch.setattr(profiler, 'measure', measure)
+  timing = speed.on_gpu(lambda x: x, 1.0, repeats=len(seconds))
+  assert timing.times == pytest.approx(seconds)
+
+
+def test_a_gpu_that_runs_nothing_tells_nothing(monkeypatch):
+  from jax.experimental.mosaic.gpu import profiler
+
+  silent = lambda program, *, iterations: lambda *args: (None, None)
+  monkeypatch.setattr(profiler, 'measure', silent)
+  with pytest.raises(speed.NoClock, match='tells no times'):
+    speed.on_gpu(lambda x: x, 1.0)
 
 
 def test_measure_keeps_the_first_call_out_of_the_times(clock):

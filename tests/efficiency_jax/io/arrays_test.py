@@ -100,6 +100,8 @@ def test_a_damaged_file_is_refused(tmp_path, harm):
   path = tmp_path / 'x.safetensors'
   arrays.save(path, {'a': np.ones((4, 4), np.float32)}, {'k': 'v'})
   path.write_bytes(harm(path.read_bytes()))
+  with pytest.raises(errors.FileFormatError):
+    arrays.metadata(path)
   with pytest.raises(errors.FileFormatError) as caught:
     arrays.load(path)
   message = str(caught.value)

@@ -1,5 +1,6 @@
 """The Hopper kernel of attention, interpreted and lowered: no GPU is needed.
 
+Where one is (`make test-gpu`), what is interpreted here runs on it.
 The interpreter of jax before 0.11 lacks what the kernel uses, so there it is
 only lowered; the short suite runs with a newer one.
 """
