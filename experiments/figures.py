@@ -24,14 +24,14 @@ _COLOURS = (
 def speedup_by_length(
   rows: Sequence[Mapping[str, Any]],
 ) -> 'figures.Figure':
-  """Speed-up over plain decoding against draft length, a panel a prompt set.
+  """Speed-up over plain decoding against draft length, a colour a drafter.
 
   Points are measured at fixed draft lengths, dashed lines predicted from the
   measured cost of a round, and horizontal lines measured with the adaptive one.
+  There is a panel for each set of prompts at each batch size.
   """
-  panels = list(
-    dict.fromkeys(row['prompts'] for row in rows if '/' not in row['prompts'])
-  )
+  rows = [r for r in rows if '/' not in r['prompts'] and r['method'] != 'plain']
+  panels = list(dict.fromkeys((r['prompts'], r['batch']) for r in rows))
   figure, axes = display.figure(
     width=4.6 * len(panels) + 0.6,
     height=4.2,
@@ -39,44 +39,37 @@ def speedup_by_length(
     sharey=True,
     squeeze=False,
   )
-  batches = list(dict.fromkeys(row['batch'] for row in rows))
+  drafted = lambda row: row['nodes'] - 1  # the root of a draft is no guess
+  # 'eagle chain, 3' is the drafter 'eagle chain' with three tokens a round.
+  drafter = lambda row: (
+    row['method'].rpartition(', ')[0] if row['nodes'] else row['method']
+  )
+  names = list(dict.fromkeys(map(drafter, rows)))
   for axis, panel in zip(axes[0], panels, strict=True):
-    for batch, colour in zip(batches, _COLOURS * len(batches)):
-      mine = [r for r in rows if (r['prompts'], r['batch']) == (panel, batch)]
-      fixed = sorted(
-        (r for r in mine if r['draft_length']), key=lambda r: r['draft_length']
-      )
-      lengths = [r['draft_length'] for r in fixed]
-      axis.plot(
-        lengths,
-        [r['speedup'] for r in fixed],
-        'o',
-        color=colour,
-        label=f'batch {batch}, measured',
-      )
-      axis.plot(
-        lengths,
-        [r.get('predicted_speedup') for r in fixed],
-        '--',
-        color=colour,
-        label=f'batch {batch}, predicted',
-      )
-      name = fixed[0]['method'].rpartition(',')[0] if fixed else None
-      for r in mine:
-        if r['method'] == name:
+    mine = [r for r in rows if (r['prompts'], r['batch']) == panel]
+    for name, colour in zip(names, _COLOURS * len(names)):
+      found = [r for r in mine if drafter(r) == name]
+      fixed = sorted((r for r in found if r['nodes']), key=drafted)
+      lengths = list(map(drafted, fixed))
+      if fixed:
+        measured = [r['speedup'] for r in fixed]
+        axis.plot(lengths, measured, 'o', color=colour, label=name)
+        predicted = [r.get('predicted_speedup') for r in fixed]
+        axis.plot(lengths, predicted, '_--', color=colour, markersize=9)
+      for row in found:
+        if not row['nodes']:
           axis.axhline(
-            r['speedup'],
+            row['speedup'],
             color=colour,
             linewidth=1.2,
-            label=f'batch {batch}, adaptive',
+            label=f'{name}, adaptive',
           )
     axis.axhline(1.0, color='black', linewidth=0.8)
-    drafted = {r['draft_length'] for r in rows if r['draft_length']}
-    axis.set_xticks(sorted(drafted))
-    axis.set_title(f'{panel}, n-gram drafts')
+    axis.set_xticks(sorted({drafted(r) for r in mine if r['nodes']}))
+    axis.set_title(f'{panel[0]}, batch {panel[1]}')
     axis.set_xlabel('tokens drafted a round')
     axis.spines[['top', 'right']].set_visible(False)
-  axes[0][0].set_ylabel('speed-up over plain decoding')
+  axes[0][0].set_ylabel('speed-up over plain decoding; dashes predicted')
   axes[0][0].set_ylim(bottom=0)
   axes[0][-1].legend(fontsize=8, frameon=False)
   return figure
