@@ -61,9 +61,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.binary = (
     ((8, 64, 48),) if tiny else ((1024, 1024, 1024), (1, 576, 49152))
   )
-  config.memory_size = (
-    16 if tiny else 512
-  )  # MiB that are read to measure the memory
+  config.memory_size = 16 if tiny else 512  # MiB, read to measure the memory
   config.machine_size = 64 if tiny else 1024  # of the product that is the peak
   config.repeats = 5
   config.seed = 0

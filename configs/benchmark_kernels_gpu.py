@@ -7,7 +7,8 @@ bfloat16, head width 128, causal, one H100 or H200; a few minutes. Baselines are
 XLA's naive program, cuDNN (through jax.nn), jax's own Hopper kernel and, where
 torch is installed with CUDA, its scaled_dot_product_attention.
 
-What these kernels reach on an H200 is in RESULTS.md. The chart of
+What these kernels reached on an H200, measured by another script, is in
+RESULTS.md; this file was not run there yet. The chart of
 FlashAttention-3 for an H100 (github.com/Dao-AILab/flash-attention), causal
 forward, width 128, sequences of 4096, 8192, 16384: FlashAttention-2 319, 333,
 335 TFLOP/s, Triton 353, 369, 378, cuDNN 518, 529, 539, FlashAttention-3 579,
@@ -56,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.dequant = ((1, 8192, 28672), (128, 8192, 28672))
   config.binary = ((8192, 8192, 8192),)
   config.machine_size = 8192
-  config.memory_size = 8192  # MiB that are read to measure the memory
+  config.memory_size = 8192  # MiB, read to measure the memory
   config.repeats = 9
   config.seed = 0
   return config

@@ -38,7 +38,6 @@ from pallas_kernels.attention.mosaic_gpu_tiles import ROWS
 
 COLUMNS = 128  # keys of a tile
 STEPS = 2  # slots of the ring
-TURNS = True  # whether computing warpgroups take turns
 
 
 def forward(
@@ -173,9 +172,8 @@ def _kernel(
     a_row = plgpu.Layout.WGMMA.reduce(1)
 
     def take_turns():
-      if TURNS:
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(turn)
+      plgpu.barrier_arrive(turn)
+      plgpu.barrier_wait(turn)
 
     # The second one begins a turn later, so the first one ends a turn later.
     pl.when(warpgroup == 1)(take_turns)

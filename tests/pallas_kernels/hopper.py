@@ -14,8 +14,8 @@ _interpretable = pytest.mark.skipif(
 )
 
 
-def needs_interpreter(test):
-  """Marks a test that runs a kernel."""
+def runs_the_kernel(test):
+  """Marks a test that runs a kernel, on a GPU or interpreted."""
   return pytest.mark.gpu(_interpretable(test))
 
 

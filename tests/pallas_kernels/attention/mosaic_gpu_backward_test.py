@@ -47,7 +47,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-  if jax.__version_info__ >= (0, 11):
+  if jax.__version_info__ >= (0, 11) or jax.default_backend() == 'gpu':
     interpret = hopper.interpreter()
     kernel = blockwise.differentiable(
       functools.partial(mosaic_gpu.forward, interpret=interpret),
@@ -80,7 +80,7 @@ def _gradients(name, arrays, options):
   return jax.vjp(run, *arrays)[1](_cotangents(arrays))
 
 
-@hopper.needs_interpreter
+@hopper.runs_the_kernel
 @pytest.mark.parametrize('case', CASES)
 def test_gradients_of_both_outputs(case):
   arrays, options = _make(CASES[case])
@@ -98,7 +98,7 @@ def test_gradients_of_both_outputs(case):
     assert (np.asarray(grad)[~seen.any(1)] == 0).all()
 
 
-@hopper.needs_interpreter
+@hopper.runs_the_kernel
 def test_the_kernels_have_no_races():
   """Rings of two slots go around: five tiles of keys, four of queries."""
   arrays, _ = _make({'sizes': (150, 600), 'heads': (2, 1)})
@@ -117,7 +117,7 @@ def test_the_kernels_have_no_races():
     )
 
 
-@hopper.needs_interpreter
+@hopper.runs_the_kernel
 def test_what_hidden_keys_hold_does_not_matter():
   """Behind the length, and before and after all windows."""
   (q, k, v), options = _make(

@@ -71,7 +71,7 @@ def _error(got, exact):
   return np.abs(got[finite] - exact[finite]).max(initial=0)
 
 
-@hopper.needs_interpreter
+@hopper.runs_the_kernel
 @pytest.mark.parametrize('case', CASES)
 def test_it_is_the_formula(case):
   rule, arrays = _case(**CASES[case])
@@ -86,7 +86,7 @@ def test_it_is_the_formula(case):
   assert _error(lse, exact[1]) < 1e-4
 
 
-@hopper.needs_interpreter
+@hopper.runs_the_kernel
 def test_it_has_no_races():
   rule, arrays = _case(causal=True, sizes=(128, 384), offset=256)
   out, _ = mosaic_gpu.forward(
@@ -96,7 +96,7 @@ def test_it_has_no_races():
   assert _error(out, _exact(rule, arrays)[0]) < 0.01
 
 
-@hopper.needs_interpreter
+@hopper.runs_the_kernel
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
 @pytest.mark.parametrize('options', [{'causal': True}, {'window': 9}], ids=str)
 def test_what_hidden_keys_hold_does_not_matter(bad, options):

@@ -22,7 +22,7 @@ def _packed(rows, size, seed):
   return np.where(x >= 0, 1, -1), api.pack_signs(jnp.asarray(x, jnp.float32))
 
 
-@hopper.needs_interpreter
+@hopper.runs_the_kernel
 @pytest.mark.parametrize('shape', [(56, 40, 300), (130, 1000, 5)], ids=str)
 def test_it_is_the_product_of_integers(shape):
   m, k, n = shape

@@ -116,7 +116,7 @@ def _error(got, exact):
   return np.abs(got[finite] - exact[finite]).max(initial=0)
 
 
-@hopper.needs_interpreter
+@hopper.runs_the_kernel
 @pytest.mark.parametrize('case', CASES)
 def test_it_is_the_formula(case):
   rule, splits, arrays = _case(**CASES[case])
@@ -129,7 +129,7 @@ def test_it_is_the_formula(case):
   assert _error(lse, exact[1]) < 1e-4
 
 
-@hopper.needs_interpreter
+@hopper.runs_the_kernel
 @pytest.mark.parametrize('int8', [0.0, 0.02])
 def test_it_has_no_races(int8):
   # More tiles a part than the ring has slots.
@@ -139,7 +139,7 @@ def test_it_has_no_races(int8):
   assert _error(out, _exact(rule, arrays)[0]) < 0.01
 
 
-@hopper.needs_interpreter
+@hopper.runs_the_kernel
 @pytest.mark.parametrize('window', [None, 50])
 def test_what_unseen_slots_hold_does_not_matter(window):
   rule, splits, (q, k, v, limits, *none) = _case(time=3, window=window)
@@ -151,7 +151,7 @@ def test_what_unseen_slots_hold_does_not_matter(window):
     np.testing.assert_array_equal(got, right)
 
 
-@hopper.needs_interpreter
+@hopper.runs_the_kernel
 @pytest.mark.parametrize('bad', [jnp.nan, jnp.inf])
 @pytest.mark.parametrize('window', [None, 50])
 def test_what_unseen_scales_hold_does_not_matter(window, bad):

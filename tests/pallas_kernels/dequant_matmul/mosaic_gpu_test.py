@@ -74,7 +74,7 @@ def _error(got, x, weight):
   return np.abs(np.asarray(got, np.float64) - exact).max() / np.abs(exact).max()
 
 
-@hopper.needs_interpreter
+@hopper.runs_the_kernel
 @pytest.mark.parametrize('case', CASES)
 def test_it_is_as_exact_as_the_reference(case):
   kind, group, sizes, options = CASES[case]
@@ -91,7 +91,7 @@ def test_it_is_as_exact_as_the_reference(case):
   assert _error(got, x, weight) <= 2 * _error(plain, x, weight)
 
 
-@hopper.needs_interpreter
+@hopper.runs_the_kernel
 @pytest.mark.parametrize('splits', [1, 2])
 @pytest.mark.parametrize(
   ('m', 'out_dtype'), [(3, jnp.bfloat16), (33, jnp.bfloat16), (9, jnp.float16)]
@@ -107,7 +107,7 @@ def test_the_result_is_rounded_once(m, out_dtype, splits):
   )
 
 
-@hopper.needs_interpreter
+@hopper.runs_the_kernel
 @pytest.mark.parametrize('kind', QUANTIZE)
 def test_groups_of_zeros_add_nothing(kind):
   x, (values, scales, *codebook) = _case(kind, 64, (3, 128, 24))
@@ -120,7 +120,7 @@ def test_groups_of_zeros_add_nothing(kind):
   np.testing.assert_allclose(got[:, 0], right, rtol=1e-5, atol=1e-4)
 
 
-@hopper.needs_interpreter
+@hopper.runs_the_kernel
 @pytest.mark.parametrize('kind', ['int8', 'nf4'])
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
 def test_what_is_not_finite_stays_in_its_row_and_column(kind, bad):
@@ -135,7 +135,7 @@ def test_what_is_not_finite_stays_in_its_row_and_column(kind, bad):
   assert not np.isfinite(got[:, -1]).any()
 
 
-@hopper.needs_interpreter
+@hopper.runs_the_kernel
 @pytest.mark.parametrize('kind', ['int8', 'int4'])
 def test_it_has_no_races(kind, monkeypatch):
   # More tiles than the ring has slots.

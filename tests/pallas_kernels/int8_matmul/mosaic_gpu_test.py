@@ -23,7 +23,7 @@ def _case(m, k, n, seed=0):
   return x, w, jnp.asarray(rng.uniform(0.1, 2, n), jnp.float32)
 
 
-@hopper.needs_interpreter
+@hopper.runs_the_kernel
 @pytest.mark.parametrize('out_dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize('shape', [(130, 200, 300), (1, 700, 10), (128, 1, 1)])
 def test_it_is_the_reference_to_the_last_bit(shape, out_dtype):
@@ -36,7 +36,7 @@ def test_it_is_the_reference_to_the_last_bit(shape, out_dtype):
   np.testing.assert_array_equal(got, right)
 
 
-@hopper.needs_interpreter
+@hopper.runs_the_kernel
 def test_rows_that_come_quantized_and_rows_of_zeros():
   x, w, w_scales = _case(5, 70, 9)
   x = x.at[2].set(0)
@@ -49,7 +49,7 @@ def test_rows_that_come_quantized_and_rows_of_zeros():
   assert (got[2] == 0).all()
 
 
-@hopper.needs_interpreter
+@hopper.runs_the_kernel
 def test_it_has_no_races():
   arrays = _case(128, 128 * (mosaic_gpu.STEPS + 2), 256)
   got = mosaic_gpu.int8_matmul(
