@@ -21,7 +21,7 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
   """The settings."""
   config = ml_collections.ConfigDict()
-  config.batch = 4
+  config.batch = 2
   config.heads = 16
   config.kv_heads = 16
   config.width = 128
@@ -34,8 +34,8 @@ def get_config() -> ml_collections.ConfigDict:
     'blockwise',
     'mosaic_gpu',
   )
-  config.forward = (1024, 2048, 4096, 8192, 16384)
-  config.backward = (1024, 2048, 4096, 8192)
+  config.forward = (1024, 4096, 8192, 16384)
+  config.backward = (1024, 4096, 8192)
   config.sparse = ()  # the Hopper kernel takes no tile lists yet
   config.sparse_density = 0.25
   config.sparse_implementation = 'blockwise'

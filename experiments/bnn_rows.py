@@ -30,12 +30,20 @@ Row = dict[str, Any]
 
 
 def load(config) -> images.Splits:
-  """The images of a config."""
+  """The images of a config, with its border around them."""
   if config.data == 'generated':
-    return _generated(config.seed)
-  if config.folder:
-    return images.load_folder(config.data, config.folder, config.seed)
-  return images.load(config.data, config.seed)
+    splits = _generated(config.seed)
+  elif config.folder:
+    splits = images.load_folder(config.data, config.folder, config.seed)
+  else:
+    splits = images.load(config.data, config.seed)
+  width = (config.border, config.border)
+  return images.Splits(
+    **{
+      part: Images(np.pad(of.pixels, ((0, 0), width, width, (0, 0))), of.labels)
+      for part, of in vars(splits).items()
+    }
+  )
 
 
 @dataclasses.dataclass

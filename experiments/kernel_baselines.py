@@ -8,6 +8,7 @@ the time.
 from collections.abc import Callable
 import functools
 import importlib.util
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -135,20 +136,35 @@ def _torch_attention(
 
   groups = q.shape[2] // k.shape[2]
 
-  def call():
-    # Its fast kernels want as many key heads as query heads.
+  def start():
     q, k, v = tensors
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    if groups > 1:  # its fast kernels want as many key heads as query heads
+      k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     out = torch.nn.functional.scaled_dot_product_attention(
       q, k, v, is_causal=True
     )
-    results = torch.autograd.grad(out.sum(), tensors) if backward else (out,)
+    return torch.autograd.grad(out.sum(), tensors) if backward else (out,)
+
+  def call():
+    results = start()
     if device == 'cuda':
       torch.cuda.synchronize()
     return results
+
+  def on_device(repeats):
+    start()
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    for end in ends:
+      end.record()
+      start()
+    torch.cuda.synchronize()
+    pairs = itertools.pairwise(ends)
+    times = tuple(1e-3 * before.elapsed_time(after) for before, after in pairs)
+    return speed.Timing(times=times, compile_seconds=0.0)
 
   def read(results):
     arrays = [x.detach().transpose(1, 2).float().cpu().numpy() for x in results]
     return tuple(arrays) if backward else arrays[0]
 
-  return Ready(call, read=read)
+  on_cuda = on_device if device == 'cuda' else None
+  return Ready(call, read=read, on_device=on_cuda)

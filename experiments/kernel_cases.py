@@ -315,7 +315,8 @@ def measure(
   """A row for each implementation."""
   rng = np.random.default_rng(config.seed)
   inputs = [
-    jnp.asarray(rng.standard_normal(shape), case.dtype) for shape in case.shapes
+    jnp.asarray(rng.standard_normal(shape, np.float32), case.dtype)
+    for shape in case.shapes
   ]
   ready = {name: prepare(*inputs) for name, prepare in case.candidates.items()}
   measured, clocks = timings(ready, config.repeats)

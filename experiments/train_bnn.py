@@ -73,6 +73,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   for field in ('epochs', 'batch', 'seeds', 'repeats'):
     if config[field] < 1:
       raise ValueError(f'--config.{field} must be >= 1, got {config[field]}.')
+  if config.border < 0:
+    raise ValueError(f'--config.border must be >= 0, got {config.border}.')
   if not 0 < config.last_learning_rate <= config.learning_rate:
     raise ValueError(
       '--config.last_learning_rate must be above 0 and at most'

@@ -57,29 +57,17 @@ def batches(
   if len(set(sizes.values())) != 1 or 0 in sizes.values():
     raise ValueError(f'arrays must have as many rows each, got {sizes}.')
   filled = _filled_up(arrays, batch_size)
-  order = grain.MapDataset.source(_Rows(filled)).seed(seed).shuffle()
+  rows = len(next(iter(filled.values())))
+  # Numbers of rows go through grain, one by one; a batch of rows is then taken
+  # at once, which is twice as fast as to hand grain each of them.
+  order = grain.MapDataset.range(rows).seed(seed).shuffle()
   own = order.repeat(epochs)[process_index::process_count]
+  own = own.batch(batch_size // process_count, batch_fn=np.asarray)
+  own = own.map(lambda chosen: {k: v[chosen] for k, v in filled.items()})
   # The rows lie in memory: threads that read ahead would only wait.
-  at_once = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-  return own.batch(batch_size // process_count).to_iter_dataset(at_once)
-
-
-class _Rows:
-  """Rows as grain reads them: one by one."""
-
-  def __init__(self, arrays: dict[str, np.ndarray]):
-    self._arrays = arrays
-    self._size = len(next(iter(arrays.values())))
-
-  def __len__(self) -> int:
-    return self._size
-
-  def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-    return {name: array[row] for name, array in self._arrays.items()}
-
-  def __repr__(self) -> str:
-    # A saved state of grain may name its source: by size, not by content.
-    return f'_Rows({self._size})'
+  return own.to_iter_dataset(
+    grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+  )
 
 
 def _filled_up(

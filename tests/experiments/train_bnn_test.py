@@ -48,6 +48,19 @@ def test_networks_learn_and_fold(tmp_path):
     assert (tmp_path / 'run' / name).stat().st_size > 5_000
 
 
+def test_a_border_is_black():
+  config = configs.get_config('tiny')
+  plain = bnn_rows.load(config)
+  config.border = 2
+  wide = bnn_rows.load(config)
+  for part in ('train', 'validation', 'test'):
+    inside, whole = getattr(plain, part), getattr(wide, part)
+    assert whole.pixels.shape[1:] == (12, 12, 1)
+    np.testing.assert_array_equal(whole.pixels[:, 2:-2, 2:-2], inside.pixels)
+    assert whole.pixels.sum(dtype=int) == inside.pixels.sum(dtype=int)
+    np.testing.assert_array_equal(whole.labels, inside.labels)
+
+
 def test_latent_weights_stay_clipped_where_they_should():
   config = configs.get_config('tiny')
   config.epochs = 2
@@ -102,6 +115,7 @@ def test_other_ways_learn(name):
       "there is no method 'BNN2'; there are float",
     ),
     ('--config.epochs=0', '--config.epochs must be >= 1, got 0'),
+    ('--config.border=-1', '--config.border must be >= 0, got -1'),
     ('--config.batch=401', '--config.batch=401 is more than the 400 images'),
     ('--config.last_learning_rate=1.0', 'must be above 0 and at most 0.003'),
     ('--config.data=cifar10', "images 'cifar10' are in no package registry"),
@@ -120,10 +134,13 @@ def test_mistakes_are_one_line(tmp_path, capsys, flag, message):
 
 
 def test_configs_name_methods_that_exist():
-  for variant in ('', 'fashion', 'convolutions', 'ablations', 'paper', 'tiny'):
+  for variant in (
+    *('', 'fashion', 'convnet', 'convolutions', 'ablations', 'paper', 'tiny'),
+  ):
     config = configs.get_config(variant)
+    size = 28 + 2 * config.border
     for method in config.methods:
-      bnn_methods.network(method, (28, 28, 1), config)
+      bnn_methods.network(method, (size, size, 1), config)
   for method in bnn_mnist_quick.get_config().methods:
     bnn_methods.named(method)
   with pytest.raises(ValueError, match='variants are'):
