@@ -34,12 +34,13 @@ Fields:
 
 import ml_collections
 
+VARIANTS = 'fashion', 'convnet', 'convolutions', 'ablations', 'paper', 'tiny'
+
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
   """The settings; see the head of the file for `variant`."""
-  variants = 'fashion convnet convolutions ablations paper tiny'.split()
-  if variant and variant not in variants:
-    raise ValueError(f'variants are {", ".join(variants)}, got {variant!r}.')
+  if variant and variant not in VARIANTS:
+    raise ValueError(f'variants are {", ".join(VARIANTS)}, got {variant!r}.')
   config = ml_collections.ConfigDict()
   config.data = 'mnist-10k'
   config.folder = ''

@@ -134,9 +134,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, flag, message):
 
 
 def test_configs_name_methods_that_exist():
-  for variant in (
-    *('', 'fashion', 'convnet', 'convolutions', 'ablations', 'paper', 'tiny'),
-  ):
+  for variant in ('', *configs.VARIANTS):
     config = configs.get_config(variant)
     size = 28 + 2 * config.border
     for method in config.methods:
