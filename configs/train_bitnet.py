@@ -1,15 +1,15 @@
-"""A small decoder with weights of -1, 0 and 1 (BitNet b1.58), on real text.
+"""Small decoders with weights of one bit or three values (BitNet), on text.
 
     python -m experiments.train_bitnet --config=configs/train_bitnet.py \
       --workdir=runs/train_bitnet
 
 Bytes of the Brown corpus; documents that are held out are measured. Kernels are
-ternary from the start, with activations of 8 bits (arXiv 2402.17764), or with
-real ones, or are rounded after training. The paper finds no loss from 3 billion
-parameters on; a small model loses more.
+ternary from the start, with activations of 8 bits (b1.58, arXiv 2402.17764) or
+with real ones; or signs, with 8 bits (arXiv 2310.11453); or are rounded after
+training. The paper of b1.58 finds no loss from 3 billion parameters on.
 
-Two CPU cores and 2 GB of memory. `:tiny` after the file's name is a check of
-the machinery on a sentence.
+Four minutes a training on two CPU cores, half a minute on a GPU, and 2 GB of
+memory. `:tiny` after the file's name is a check of the machinery on a sentence.
 
 Fields:
   text: Of data.documents; 'inline' is a sentence.

@@ -94,7 +94,8 @@ class QTensor:
       4 bits: [K / 2, N] uint8 in the order of `dequant_matmul.formats`;
       others: [bits, K / 8, N] uint8, where bit i of byte j of plane p is bit p
       of the value of row 8 j + i.
-      Without a codebook they are signed, in two's complement.
+      Without a codebook they are signed, in two's complement; a single bit is
+      +1 where it is set, else -1.
     scales: s, [groups, N], or [1, 1], of a float dtype; or these in 8 bits
       themselves (double quantization); or None for 1.
     offsets: o, likewise, or None for 0. A zero point z is the offset -z s.
@@ -103,7 +104,7 @@ class QTensor:
     input_scales: [K] float32 or None: x is multiplied with them first (AWQ,
       SmoothQuant). They are not part of W.
     x_scale: [] float32 or None: the scale of x where it was calibrated.
-    bits: Of a value, 2 to 8, or 16.
+    bits: Of a value, 1 to 8, or 16.
     dtype: What `dequantize` returns and a model computes in.
     transposed: Whether W' is what stood there, a table [V, D].
     activation: Of the product in integers; None multiplies floats.
@@ -210,8 +211,8 @@ def check(q: QTensor) -> QTensor:
   Raises:
     ValueError: They do not; or integers are to multiply what is no integers.
   """
-  if q.bits not in (*range(2, 9), 16):
-    raise ValueError(f'bits must be in 2..8, or 16, got {q.bits}.')
+  if q.bits not in (*range(1, 9), 16):
+    raise ValueError(f'bits must be in 1..8, or 16, got {q.bits}.')
   stored = q.values.dtype
   layout = 2 if q.bits in (4, 8, 16) else 3
   whole = 8 * stored.itemsize == q.bits and stored != jnp.uint8
@@ -317,11 +318,13 @@ def integers(q: QTensor) -> jax.Array:
     return values if signed else values & 255
   if q.bits == 4:
     return formats.unpack_int4(q.values, signed=signed)
+  if q.bits == 1 and signed:
+    return 2 * unpack(q.values, signed=False) - 1
   return unpack(q.values, signed=signed)
 
 
 def pack(values: jax.Array, bits: int) -> jax.Array:
-  """[K, N] integers as `QTensor.values` of so many bits.
+  """[K, N] integers as `QTensor.values` of so many bits; signs as one.
 
   Raises:
     ValueError: K does not fill whole bytes.
@@ -335,6 +338,7 @@ def pack(values: jax.Array, bits: int) -> jax.Array:
     raise ValueError(
       f'{rows} rows do not fill bytes; {bits} bits need a multiple of 8.'
     )
+  values = values > 0 if bits == 1 else values
   values = values.astype(jnp.int32).reshape(rows // 8, 8, columns)
   places = np.arange(8, dtype=np.int32)[:, None]
   planes = [
@@ -345,7 +349,7 @@ def pack(values: jax.Array, bits: int) -> jax.Array:
 
 
 def unpack(planes: jax.Array, *, signed: bool) -> jax.Array:
-  """What `pack` made of 2, 3, 5, 6 or 7 bits: [K, N] int32."""
+  """What `pack` made of 1, 2, 3, 5, 6 or 7 bits: [K, N] int32."""
   bits, rows, columns = planes.shape
   places = np.arange(8, dtype=np.int32)[:, None]
   values = jnp.zeros((rows, 8, columns), jnp.int32)

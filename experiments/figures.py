@@ -147,8 +147,15 @@ def speeds(rows: Sequence[Mapping[str, Any]]) -> 'figures.Figure':
 
 
 def kernels(rows: Sequence[Mapping[str, Any]]) -> 'figures.Figure':
-  """Time and memory against sequence length, two panels an operation."""
-  operations = list(dict.fromkeys(row['operation'] for row in rows))
+  """Time and memory against sequence length, two panels an operation.
+
+  Operations of one length have no panel beside others that grow.
+  """
+  lengths = {row['operation']: set() for row in rows}
+  for row in rows:
+    lengths[row['operation']].add(row['sequence_length'])
+  grown = [name for name, found in lengths.items() if len(found) > 1]
+  operations = grown or list(lengths)
   all_names = dict.fromkeys(row['implementation'] for row in rows)
   colours = dict(zip(all_names, itertools.cycle(_COLOURS)))
   figure, axes = display.figure(
@@ -173,14 +180,13 @@ def kernels(rows: Sequence[Mapping[str, Any]]) -> 'figures.Figure':
           color=colours[name],
           label=name,
         )
-    sizes = sorted({row['sequence_length'] for row in mine})
+    sizes = sorted(lengths[operation])
     axes[0, column].set_title(operation, fontsize=10)
     axes[0, column].legend(fontsize=8, frameon=False)
     axes[1, column].set_xlabel('sequence length')
     axes[1, column].set_xticks(sizes, [str(n) for n in sizes])
-    axes[1, column].tick_params(
-      axis='x', which='minor', bottom=False, labelbottom=False
-    )
+    for axis in axes[:, column]:
+      axis.tick_params(axis='x', which='minor', bottom=False, labelbottom=False)
   axes[0, 0].set_ylabel('milliseconds')
   axes[1, 0].set_ylabel('MB of scratch and outputs')
   for axis in axes.flat:

@@ -1,4 +1,4 @@
-"""Trains a decoder with ternary weights beside one of real numbers.
+"""Trains decoders of one bit or three values beside one of real numbers.
 
     python -m experiments.train_bitnet --config=configs/train_bitnet.py \\
       --workdir=runs/train_bitnet
@@ -16,7 +16,7 @@ import sys
 import ml_collections
 
 from efficiency_jax import trees
-from efficiency_jax.binarization.ternary import Ternary
+from efficiency_jax.binarization import bitnet
 from efficiency_jax.evaluation import quality
 from efficiency_jax.quantization import qat
 from efficiency_jax.quantization import rules
@@ -25,8 +25,9 @@ from experiments import display
 from experiments import launch
 from experiments import workdir as workdirs
 
-_TERNARY = (('kernel$', Ternary()),)
-_REAL_ROWS = (('kernel$', Ternary(activation=None)),)
+_BINARY = (('kernel$', bitnet.Binary()),)
+_TERNARY = (('kernel$', bitnet.Ternary()),)
+_REAL_ROWS = (('kernel$', bitnet.Ternary(activation=None)),)
 
 
 def experiment(
@@ -44,6 +45,7 @@ def experiment(
   made = {
     'float32': lambda: fit(()),
     'ternary': lambda: qat.freeze(fit(_TERNARY)),
+    'binary': lambda: qat.freeze(fit(_BINARY)),
     'ternary, float rows': lambda: qat.freeze(fit(_REAL_ROWS)),
     'rounded to ternary': lambda: rules.quantize(fit(()), _REAL_ROWS)[0],
   }

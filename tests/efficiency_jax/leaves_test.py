@@ -97,7 +97,7 @@ def test_bits_a_weight_count_all_arrays():
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'bits': 9}, 'bits must be in 2..8'),
+    ({'bits': 9}, 'bits must be in 1..8'),
     ({'bits': 3}, 'values of 3 bits cannot be uint8'),
     ({'bits': 8}, 'values of 8 bits cannot be uint8'),
     ({'scales': jnp.ones((3, 6))}, 'groups that divide 64'),

@@ -1,4 +1,4 @@
-"""A small decoder with ternary weights: rows, and mistakes."""
+"""Small decoders of one bit and three values: rows, and mistakes."""
 
 import json
 import pathlib
@@ -23,17 +23,23 @@ def _run(workdir, *flags):
 
 
 @pytest.mark.slow
-def test_ternary_weights_learn_and_rounding_afterwards_does_not(tmp_path):
+def test_few_values_learn_and_rounding_afterwards_does_not(tmp_path):
   _run(tmp_path / 'run', '--config.epochs=10')
   rows = json.loads((tmp_path / 'run/results.json').read_text())['rows']
   bits = {row['method']: row['bits_per_byte'] for row in rows}
   size = {row['method']: row['bytes'] for row in rows}
   # A byte of 257 takes 8 bits before training.
   assert bits['float32'] < 3
+  assert bits['binary'] < 4
   assert bits['ternary'] < 4
   assert bits['ternary, float rows'] < 4
   assert bits['rounded to ternary'] > bits['ternary']
-  assert size['ternary'] == size['rounded to ternary'] < size['float32'] / 2
+  assert (
+    size['binary']
+    < size['ternary']
+    == size['rounded to ternary']
+    < size['float32'] / 2
+  )
 
 
 @pytest.mark.parametrize(

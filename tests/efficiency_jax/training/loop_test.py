@@ -8,12 +8,17 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from efficiency_jax.binarization import latent
+from efficiency_jax.binarization import networks
 from efficiency_jax.data import packing
+from efficiency_jax.data import rows
 from efficiency_jax.io import checkpoint
 from efficiency_jax.training import logbook
 from efficiency_jax.training import loop
+from efficiency_jax.training import objectives
 from efficiency_jax.training import optimizers
 from efficiency_jax.training import state as train_state
 from efficiency_jax.training import step as steps
@@ -209,9 +214,43 @@ def test_grain_batches_are_resumed(tmp_path):
   chex.assert_trees_all_equal(_fit(parts, make()), expected)
 
 
-def _failing_at(number):
+def test_drawn_signs_and_dropout_are_resumed(tmp_path):
+  # What a network of drawn signs draws depends on the step, not on the run.
+  config = networks.Config(
+    image=(4, 4, 1),
+    hidden=(16,),
+    weights='stochastic',
+    activations='stochastic',
+    dropout=(0.1, 0.3),
+  )
+  rng = np.random.default_rng(0)
+  images = {
+    'pixels': rng.integers(0, 256, (24, 4, 4, 1), np.uint8),
+    'labels': rng.integers(0, 10, 24).astype(np.int32),
+  }
+  optimizer = optax.chain(optax.adam(1e-2), latent.clip())
+  update = jax.jit(steps.make_step(objectives.binarized(config, 1), optimizer))
+  params = networks.init(config, jax.random.key(0))
+
+  def fit(folder, step=update):
+    return loop.fit(
+      step,
+      train_state.create(params, optimizer),
+      None,
+      iter(rows.batches(images, batch_size=4, seed=1)),
+      loop.Plan(steps=12, save_every=3),
+      store=checkpoint.Store(folder=folder),
+    )
+
+  expected = fit(tmp_path / 'whole')
+  with pytest.raises(loop.TrainingError, match='step 6 is saved'):
+    fit(tmp_path / 'parts', _failing_at(8, update))
+  chex.assert_trees_all_equal(fit(tmp_path / 'parts'), expected)
+
+
+def _failing_at(number, update=STEP):
   def step(state, frozen, batch):
-    state, metrics = STEP(state, frozen, batch)
+    state, metrics = update(state, frozen, batch)
     bad = state.step >= number
     return state, {**metrics, 'loss': jnp.where(bad, jnp.nan, metrics['loss'])}
 
