@@ -11,19 +11,20 @@ float32. These lie as the interleaved weights do, and are put in order when the
 last group is done. A single group is cut into blocks, and the sums are int32.
 
 The registers hold the sums of six rows; where there are more, the first six
-leave the tile of weights on the stack as it was interleaved. More than 32
-of them, or than 2^18 numbers, take turns.
+leave the tile of weights on the stack as it was interleaved. Threads share the
+columns.
+
+More than 32 rows, or than 2^18 numbers, take turns, and threads share the
+turns. The last one ends with the last row, so that it may do some again.
 
 Rows of floats are quantized by every part for itself: that is less work than to
 wait for one another.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 
 from pallas_kernels import llvm_cpu
@@ -44,7 +45,8 @@ _BLOCK = 128  # rows of w of a tile, where they need not be those of a group
 class _Product(NamedTuple):
   """What is static about a kernel; the dtypes are names."""
 
-  rows: int
+  all_rows: int
+  rows: int  # of a turn
   inner: int
   columns: int
   groups: int
@@ -95,20 +97,35 @@ def int8_matmul(
   """
   check(x, w, w_scales)
   (rows, inner), columns = x.shape, w.shape[1]
-  most = min(_MOST_ROWS, _MOST_VALUES // inner)
-  few = functools.partial(_few_rows, w, w_scales, w_offsets)
-  if rows <= most:
-    return few(x, x_scales).astype(out_dtype)
-  # Turns of nearly equal size, of few sizes because each is compiled; what
-  # fills the last one up is not read.
-  turns = -(-rows // most)
-  size = min(most, -(-rows // (8 * turns)) * 8)
-  cut = lambda of: jnp.pad(
-    of, [(0, turns * size - rows)] + [(0, 0)] * (of.ndim - 1)
-  ).reshape(turns, size, *of.shape[1:])
-  turned = jax.tree.map(cut, (x, x_scales))
-  out = lax.map(lambda part: few(*part).astype(out_dtype), turned)
-  return out.reshape(turns * size, columns)[:rows]
+  groups = len(jnp.atleast_2d(w_scales))
+  # float16 stays as narrow as it is stored.
+  stored = lambda of: of if of.dtype == jnp.float16 else of.astype(jnp.float32)
+  weight = [w, *(stored(of) for of in (w_scales, w_offsets) if of is not None)]
+  if x_scales is None:
+    args = [x.astype(jnp.float32), *weight]
+  else:
+    sums = x.astype(jnp.int32).reshape(rows, groups, -1).sum(-1)
+    args = [x, *weight, x_scales, sums]
+  turns = -(-rows // min(_MOST_ROWS, _MOST_VALUES // inner))
+  product = _Product(
+    all_rows=rows,
+    rows=-(-rows // turns),
+    inner=inner,
+    columns=columns,
+    groups=groups,
+    packed=w.dtype == jnp.uint8,
+    scales=str(weight[1].dtype),
+    offsets=None if w_offsets is None else str(weight[2].dtype),
+    parts=llvm_cpu.parts() if turns == 1 else turns,
+  )
+  out = llvm_cpu.call(
+    _emit,
+    product,
+    args,
+    jax.ShapeDtypeStruct((rows, columns), jnp.float32),
+    parts=product.parts,
+  )
+  return out.astype(out_dtype)
 
 
 def check(x, w, w_scales) -> None:
@@ -141,37 +158,6 @@ def check(x, w, w_scales) -> None:
     )
 
 
-def _few_rows(w, w_scales, w_offsets, x, x_scales) -> jax.Array:
-  """The product in float32, by one call."""
-  (rows, inner), columns = x.shape, w.shape[1]
-  groups = len(jnp.atleast_2d(w_scales))
-  # float16 stays as narrow as it is stored.
-  stored = lambda of: of if of.dtype == jnp.float16 else of.astype(jnp.float32)
-  weight = [w, *(stored(of) for of in (w_scales, w_offsets) if of is not None)]
-  if x_scales is None:
-    args = [x.astype(jnp.float32), *weight]
-  else:
-    sums = x.astype(jnp.int32).reshape(rows, groups, -1).sum(-1)
-    args = [x, *weight, x_scales, sums]
-  product = _Product(
-    rows=rows,
-    inner=inner,
-    columns=columns,
-    groups=groups,
-    packed=w.dtype == jnp.uint8,
-    scales=str(weight[1].dtype),
-    offsets=None if w_offsets is None else str(weight[2].dtype),
-    parts=llvm_cpu.parts(),
-  )
-  return llvm_cpu.call(
-    _emit,
-    product,
-    args,
-    jax.ShapeDtypeStruct((rows, columns), jnp.float32),
-    parts=product.parts,
-  )
-
-
 class _Memory(NamedTuple):
   """Where everything lies."""
 
@@ -189,6 +175,20 @@ def _emit(builder, p: _Product, pointers, part) -> None:
   """Tiles of 64 columns."""
   x, w, w_scales, *others, out = pointers
   w_offsets = others.pop(0) if p.offsets else None
+  tiles = p.columns // _COLUMNS
+  if p.rows == p.all_rows:
+    mine = ll.share(builder, part, p.parts, tiles)
+  else:
+    mine = ll.number(0), ll.number(tiles)
+    begin = builder.mul(part, ll.number(p.rows))
+    begin = ll.least(builder, begin, ll.number(p.all_rows - p.rows))
+    row = lambda base, size, kind=ll.f32: ll.place(
+      builder, base, builder.mul(begin, ll.number(size)), kind
+    )
+    x = row(x, p.inner, ll.i8 if others else ll.f32)
+    if others:
+      others = row(others[0], 1), row(others[1], p.groups, ll.i32)
+    out = row(out, p.columns)
   x, x_scales, x_sums = (x, *others) if others else _quantized(builder, x, p)
   kept = None
   if p.rows > _ROWS:
@@ -197,7 +197,7 @@ def _emit(builder, p: _Product, pointers, part) -> None:
   at = _Memory(x, x_scales, x_sums, w, w_scales, w_offsets, out, kept)
   ll.tiles_by_groups(
     builder,
-    ll.share(builder, part, p.parts, p.columns // _COLUMNS),
+    mine,
     p.inner // p.block,
     p.rows * _COLUMNS,
     add=lambda *where: add(builder, p, at, *where),
