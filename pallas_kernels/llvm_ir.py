@@ -224,6 +224,24 @@ def shuffle(builder, a: Value, b: Value, order: Sequence[int]) -> Value:
   return builder.shuffle_vector(a, b, ir.Constant(mask, list(order)))
 
 
+def transposed(builder, vectors: Sequence[Value]) -> list[Value]:
+  """As many vectors as one has lanes: vector i gets element i of each."""
+  vectors, apart = list(vectors), 1
+  while apart < lanes():
+    # One bit of the place in a vector and of the vector's number change sides.
+    for i in range(lanes()):
+      if not i & apart:
+        a, b = vectors[i], vectors[i | apart]
+        for low in (True, False):
+          order = [
+            (n & ~apart if low else n | apart) + lanes() * bool(n & apart)
+            for n in range(lanes())
+          ]
+          vectors[i if low else i | apart] = shuffle(builder, a, b, order)
+    apart *= 2
+  return vectors
+
+
 # Memory.
 
 

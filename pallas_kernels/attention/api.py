@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels import masks
 from pallas_kernels.attention import blockwise
+from pallas_kernels.attention import llvm_cpu
 from pallas_kernels.attention import mosaic_gpu
 from pallas_kernels.attention import mosaic_tpu
 from pallas_kernels.attention import reference
@@ -20,6 +21,7 @@ IMPLEMENTATIONS = {
   'blockwise': blockwise.attention,
   'mosaic_tpu': mosaic_tpu.attention,
   'mosaic_gpu': mosaic_gpu.attention,
+  'llvm_cpu': llvm_cpu.attention,
 }
 
 
@@ -59,7 +61,7 @@ def attention(
     scale: Factor of the scores; None is `D ** -0.5`.
     tiles: Tiles of the score matrix to compute; the others are hidden.
     implementation: See `dispatch`: 'reference', 'blockwise', 'mosaic_tpu',
-      'mosaic_gpu', or None.
+      'mosaic_gpu', 'llvm_cpu', or None.
 
   Returns:
     Out [B, Sq, H, Dv] in the dtype of q and log-sum-exp [B, H, Sq] float32.

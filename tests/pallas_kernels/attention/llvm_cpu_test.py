@@ -1,0 +1,120 @@
+"""The CPU's kernel of flash attention: any mask it takes, and no other."""
+
+import functools
+
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import llvm_cpu as cpu
+from pallas_kernels.attention import api
+from tests.pallas_kernels import attention_cases as cases
+
+pytestmark = [
+  pytest.mark.short,
+  pytest.mark.skipif(bool(cpu.missing()), reason=str(cpu.missing())),
+]
+
+# Parts are of 96 queries, six at a time, and tiles of 64 keys.
+CASES = {
+  'plain': {'sizes': (7, 5), 'widths': (16, 16)},
+  'causal': {'sizes': (200, 200), 'causal': True},
+  'grouped': {'sizes': (100, 130), 'heads': (6, 2), 'widths': (64, 64)},
+  'shared by all': {'sizes': (97, 65), 'heads': (4, 1)},
+  'offset a row': {'sizes': (70, 90), 'causal': True, 'offset': (20, -5)},
+  'window': {'sizes': (150, 150), 'causal': True, 'window': 70},
+  'window both ways': {'sizes': (99, 99), 'window': 5},
+  'lengths': {'sizes': (20, 140), 'kv_length': (70, 0)},
+  'more queries': {'sizes': (193, 21), 'causal': True},
+  'wide heads': {'sizes': (12, 66), 'widths': (80, 144), 'scale': 0.3},
+}
+_run = functools.partial(api.attention, implementation='llvm_cpu')
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_both_outputs_and_the_gradients_of_both(case):
+  arrays, options = cases.make(**{'widths': (32, 48), **CASES[case]})
+  rng = np.random.default_rng(9)
+  (out, lse), pull_back = jax.vjp(lambda *a: _run(*a, **options), *arrays)
+  d_out, d_lse = (rng.standard_normal(x.shape) for x in (out, lse))
+  got = pull_back((jnp.float32(d_out), jnp.float32(d_lse)))
+  exact = cases.exact(arrays, options, d_out, d_lse)
+  assert cases.error(out, exact[0]) < 3e-6
+  assert cases.error(lse, exact[1]) < 3e-6
+  for mine, right in zip(got, exact[2:], strict=True):
+    assert cases.error(mine, right) < 3e-5
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(
+  sizes=st.sampled_from([(1, 1), (5, 130), (110, 64), (97, 140)]),
+  heads=st.sampled_from([(1, 1), (6, 2)]),
+  causal=st.booleans(),
+  offset=st.integers(-10, 50),
+  window=st.one_of(st.none(), st.integers(1, 80)),
+  kv_length=st.tuples(st.integers(0, 140), st.integers(0, 140)),
+  seed=st.integers(0, 99),
+)
+def test_any_mask_and_any_size(kv_length, **drawn):
+  kv_length = tuple(min(n, drawn['sizes'][1]) for n in kv_length)
+  arrays, options = cases.make(kv_length=kv_length, widths=(16, 32), **drawn)
+  out, lse = _run(*arrays, **options)
+  right = api.attention(*arrays, implementation='reference', **options)
+  assert cases.error(out, np.asarray(right[0], np.float64)) < 4e-6
+  assert cases.error(lse, np.asarray(right[1], np.float64)) < 4e-6
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, 3e38])
+def test_what_hidden_keys_hold_does_not_matter(bad):
+  (q, k, v), options = cases.make(
+    *(0, (110, 130)),
+    widths=(16, 16),
+    kv_length=(11, 130),
+    causal=True,
+    offset=-2,
+    window=9,
+  )
+  clean = _run(q, k, v, **options)
+  hidden = ~jnp.asarray(cases.mask(110, 130, options)).any(1)
+  k, v = (jnp.where(hidden[:, :, None, None], bad, x) for x in (k, v))
+  for got, right in zip(_run(q, k, v, **options), clean, strict=True):
+    np.testing.assert_array_equal(got, right)
+
+
+def test_a_query_that_sees_nothing_is_zero():
+  arrays, options = cases.make(
+    *(0, (20, 41)), widths=(16, 16), kv_length=(0, 41), causal=True, offset=-3
+  )
+  out, lse = _run(*arrays, **options)
+  empty = ~cases.mask(20, 41, options).any(-1)
+  assert empty[0].all()
+  assert empty[1].sum() == 3
+  assert (np.asarray(out)[empty] == 0).all()
+  assert np.isneginf(np.asarray(lse).transpose(0, 2, 1)[empty]).all()
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'widths': (24, 16)}, 'no multiples of'),
+    ({'dtype': jnp.bfloat16}, 'not float32'),
+    ({'softcap': 2.0}, 'not soft-capped'),
+    ({'segments': 2}, 'segments are not told apart'),
+    ({'tiles': ((0,), (1,), (2,))}, 'nor tiles listed'),
+  ],
+)
+def test_what_the_kernel_does_not_take(change, message):
+  arrays, options = cases.make(**{'widths': (16, 16), **change})
+  with pytest.raises(NotImplementedError, match=message):
+    _run(*arrays, **options)
+
+
+def test_the_platform_chooses():
+  arrays, options = cases.make(widths=(16, 16), causal=True)
+  program = jax.jit(lambda *a: api.attention(*a, **options)[0])
+  assert 'llvm_cpu' in program.lower(*arrays).as_text()
+  narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays)
+  assert 'llvm_cpu' not in program.lower(*narrow).as_text()
