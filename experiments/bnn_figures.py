@@ -53,7 +53,8 @@ def weights(
     image: Height, width and channels.
   """
   layers = list(params)
-  figure, axes = display.figure(9.0, 5.5, nrows=3, ncols=max(len(layers), 2))
+  wide = max(9.0, 1.5 * len(layers))  # no label reaches into the next one
+  figure, axes = display.figure(wide, 5.5, nrows=3, ncols=max(len(layers), 2))
   for axis in axes.flat:
     axis.set_axis_off()
   for column, name in enumerate(layers):
@@ -76,10 +77,10 @@ def weights(
     ],
     axis=1,
   )
-  wide = figure.add_subplot(3, 1, 3)
-  wide.imshow(line, cmap='gray', interpolation='none')
-  wide.set_axis_off()
-  wide.set_title('filters of the first layer, latent', fontsize=8)
+  below = figure.add_subplot(3, 1, 3)
+  below.imshow(line, cmap='gray', interpolation='none')
+  below.set_axis_off()
+  below.set_title('filters of the first layer, latent', fontsize=8)
   figure.suptitle(method, fontsize=10)
   return figure
 
