@@ -318,8 +318,6 @@ def integers(q: QTensor) -> jax.Array:
     return values if signed else values & 255
   if q.bits == 4:
     return formats.unpack_int4(q.values, signed=signed)
-  if q.bits == 1 and signed:
-    return 2 * unpack(q.values, signed=False) - 1
   return unpack(q.values, signed=signed)
 
 
@@ -352,6 +350,8 @@ def unpack(planes: jax.Array, *, signed: bool) -> jax.Array:
   """What `pack` made of 1, 2, 3, 5, 6 or 7 bits: [K, N] int32."""
   bits, rows, columns = planes.shape
   places = np.arange(8, dtype=np.int32)[:, None]
+  if bits == 1 and signed:
+    return 2 * unpack(planes, signed=False) - 1
   values = jnp.zeros((rows, 8, columns), jnp.int32)
   for plane in range(bits):
     bit = planes[plane, :, None].astype(jnp.int32) >> places & 1

@@ -30,6 +30,7 @@ from typing import Any
 
 import jax
 
+from pallas_kernels import shards
 from pallas_kernels.llvm_ir import binding
 from pallas_kernels.llvm_ir import ir
 from pallas_kernels.llvm_ir import number
@@ -92,7 +93,8 @@ def call(
   target = _register(emit, static, len(args), results, parts)
   # A batch is rare here (a test that maps over models): one after another.
   run = jax.ffi.ffi_call(target, result, vmap_method='sequential')
-  return run(*args)
+  # Inside `shard_map` results differ from device to device as arguments do.
+  return shards.like(run(*args), args)
 
 
 # From IR to a function that XLA calls.

@@ -43,7 +43,8 @@ class Binary:
       ValueError: K is not a multiple of 8.
     """
     signs = jnp.where(matrix >= matrix.mean(), 1, -1)
-    return _stored(matrix, signs, 1, self.activation)
+    size = jnp.abs(matrix).mean()
+    return _stored(matrix, signs, size, 1, self.activation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,20 +72,17 @@ class Ternary:
     Raises:
       ValueError: K is not a multiple of 8.
     """
-    codes = jnp.clip(jnp.round(matrix / _mean_size(matrix)), -1, 1)
-    return _stored(matrix, codes.astype(jnp.int32), 2, self.activation)
+    size = jnp.abs(matrix).mean()
+    # A matrix of zeros has no scale, and needs none.
+    size = jnp.where(size > 0, size, 1.0)
+    codes = jnp.clip(jnp.round(matrix / size), -1, 1).astype(jnp.int32)
+    return _stored(matrix, codes, size, 2, self.activation)
 
 
-def _mean_size(matrix: jax.Array) -> jax.Array:
-  size = jnp.abs(matrix).mean()
-  # A matrix of zeros has no scale, and needs none.
-  return jnp.where(size > 0, size, 1.0)
-
-
-def _stored(matrix, codes, bits, activation) -> leaves.QTensor:
+def _stored(matrix, codes, size, bits, activation) -> leaves.QTensor:
   return leaves.QTensor(
     values=leaves.pack(codes, bits),
-    scales=_mean_size(matrix).reshape(1, 1),
+    scales=size.reshape(1, 1),
     bits=bits,
     dtype=matrix.dtype,
     activation=activation,

@@ -33,9 +33,6 @@ def full_attention(
   Differentiable, and memory grows with T (`pallas_kernels.attention`). Tokens
   of different segments do not see each other.
   """
-  if implementation is None and jax.default_backend() == 'cpu':
-    # Training divides batches, and XLA would gather them to call a kernel.
-    implementation = 'blockwise' if jax.device_count() > 1 else None
   out, _ = flash.attention(
     queries,
     keys,

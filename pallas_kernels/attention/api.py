@@ -61,7 +61,8 @@ def attention(
     scale: Factor of the scores; None is `D ** -0.5`.
     tiles: Tiles of the score matrix to compute; the others are hidden.
     implementation: See `dispatch`: 'reference', 'blockwise', 'mosaic_tpu',
-      'mosaic_gpu', 'llvm_cpu', or None.
+      'mosaic_gpu', 'llvm_cpu', or None, which takes the last one only where
+      there is one CPU device.
 
   Returns:
     Out [B, Sq, H, Dv] in the dtype of q and log-sum-exp [B, H, Sq] float32.
@@ -86,7 +87,11 @@ def attention(
     softcap=softcap,
     tiles=tiles,
   )
-  bound = dispatch.bind(IMPLEMENTATIONS, rule)
+  offered = dict(IMPLEMENTATIONS)
+  if implementation is None and len(jax.devices('cpu')) > 1:
+    # XLA gathers arrays that are divided among devices to call it.
+    del offered['llvm_cpu']
+  bound = dispatch.bind(offered, rule)
   return dispatch.call('attention', bound, implementation, q, k, v, limits)
 
 

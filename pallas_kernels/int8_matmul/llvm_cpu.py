@@ -11,11 +11,10 @@ float32. These lie as the interleaved weights do, and are put in order when the
 last group is done. A single group is cut into blocks, and the sums are int32.
 
 The registers hold the sums of six rows; where there are more, the first six
-leave the tile of weights on the stack as it was interleaved. Threads share the
-columns.
-
-More than 32 rows, or than 2^18 numbers, take turns, and threads share the
-turns. The last one ends with the last row, so that it may do some again.
+leave the tile of weights on the stack as it was interleaved. More than 32 rows,
+or than 2^18 numbers, take turns, of which the last one ends with the last row:
+it may do some again. Threads share the turns, and the columns where there are
+fewer turns than work for all.
 
 Rows of floats are quantized by every part for itself: that is less work than to
 wait for one another.
@@ -32,7 +31,7 @@ from pallas_kernels import llvm_ir as ll
 from pallas_kernels.dequant_matmul import formats
 from pallas_kernels.int8_matmul import reference
 
-_MOST_ROWS = 32  # of a call
+_MOST_ROWS = 32  # of a turn
 # What a thread has on its stack: quantized rows, and a tile of weights.
 _MOST_VALUES = 2**18
 _MOST_BLOCK = 2**13
@@ -53,7 +52,7 @@ class _Product(NamedTuple):
   packed: bool
   scales: str
   offsets: str | None
-  parts: int
+  shares: int  # of the columns
 
   @property
   def group(self) -> int:
@@ -116,14 +115,14 @@ def int8_matmul(
     packed=w.dtype == jnp.uint8,
     scales=str(weight[1].dtype),
     offsets=None if w_offsets is None else str(weight[2].dtype),
-    parts=llvm_cpu.parts() if turns == 1 else turns,
+    shares=-(-llvm_cpu.parts() // turns),
   )
   out = llvm_cpu.call(
     _emit,
     product,
     args,
     jax.ShapeDtypeStruct((rows, columns), jnp.float32),
-    parts=product.parts,
+    parts=turns * product.shares,
   )
   return out.astype(out_dtype)
 
@@ -175,12 +174,11 @@ def _emit(builder, p: _Product, pointers, part) -> None:
   """Tiles of 64 columns."""
   x, w, w_scales, *others, out = pointers
   w_offsets = others.pop(0) if p.offsets else None
-  tiles = p.columns // _COLUMNS
-  if p.rows == p.all_rows:
-    mine = ll.share(builder, part, p.parts, tiles)
-  else:
-    mine = ll.number(0), ll.number(tiles)
-    begin = builder.mul(part, ll.number(p.rows))
+  shares = ll.number(p.shares)
+  mine = builder.srem(part, shares)
+  mine = ll.share(builder, mine, p.shares, p.columns // _COLUMNS)
+  if p.rows < p.all_rows:
+    begin = builder.mul(builder.sdiv(part, shares), ll.number(p.rows))
     begin = ll.least(builder, begin, ll.number(p.all_rows - p.rows))
     row = lambda base, size, kind=ll.f32: ll.place(
       builder, base, builder.mul(begin, ll.number(size)), kind

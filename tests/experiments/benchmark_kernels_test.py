@@ -9,6 +9,7 @@ import pytest
 
 from efficiency_jax.evaluation import speed
 from experiments import benchmark_kernels
+from experiments import figures
 from experiments import kernel_baselines as baselines
 from experiments import kernel_cases
 
@@ -57,6 +58,21 @@ def test_rows_table_and_figure(tmp_path):
       assert row['max_error'] < (0.2 if narrow else 1e-5)
   assert (tmp_path / 'run/attention.png').stat().st_size > 10_000
   assert 'of roofline' in (tmp_path / 'run/report.md').read_text()
+
+
+def test_only_what_grows_has_panels():
+  row = lambda operation, n: {
+    'operation': operation,
+    'implementation': 'naive',
+    'sequence_length': n,
+    'milliseconds': 1.0 * n,
+    'peak_megabytes': 1.0,
+  }
+  grown = [row('forward', 1), row('forward', 2)]
+  drawn = figures.kernels([*grown, row('decode', 1)])
+  assert [axis.get_title() for axis in drawn.axes] == ['forward', '']
+  # Nothing grows: better one point than nothing.
+  assert len(figures.kernels([row('decode', 1)]).axes) == 2
 
 
 def test_the_clock_of_a_device_is_asked_first():

@@ -46,6 +46,16 @@ def _emit_totals(builder, size, pointers, part):
   ll.store(builder, ll.totals(builder, rows), out)
 
 
+def _emit_transposed(builder, size, pointers, part):
+  x, out = pointers
+  rows = [
+    ll.load_vector(builder, ll.place(builder, x, i * ll.lanes()))
+    for i in range(ll.lanes())
+  ]
+  for i, row in enumerate(ll.transposed(builder, rows)):
+    ll.store(builder, row, ll.place(builder, out, i * ll.lanes()))
+
+
 def _emit_both(builder, size, pointers, part):
   """A result of the sum, and one of the maximum, of a vector."""
   x, total, largest = pointers
@@ -86,6 +96,14 @@ def test_totals_are_the_sums_of_vectors_in_order():
   result = jax.ShapeDtypeStruct((lanes,), jnp.float32)
   found = llvm_cpu.call(_emit_totals, None, (x,), result, parts=1)
   np.testing.assert_array_equal(found, x.sum(1))
+
+
+def test_vectors_are_transposed():
+  lanes = ll.lanes()
+  x = np.arange(lanes**2, dtype=np.float32).reshape(lanes, lanes)
+  result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+  found = llvm_cpu.call(_emit_transposed, None, (x,), result, parts=1)
+  np.testing.assert_array_equal(found, x.T)
 
 
 def test_a_kernel_may_have_several_results():

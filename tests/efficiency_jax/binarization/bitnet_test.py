@@ -51,8 +51,9 @@ def test_so_many_bits_a_weight(method, bits):
   assert q.num_bytes == q.values.nbytes + 4
 
 
-def test_zeros_stay_zeros():
-  q = bitnet.Ternary()(jnp.zeros((8, 3)))
+@pytest.mark.parametrize('method', [bitnet.Binary(), bitnet.Ternary()])
+def test_zeros_stay_zeros(method):
+  q = method(jnp.zeros((8, 3)))
   np.testing.assert_array_equal(leaves.dequantize(q), 0)
 
 

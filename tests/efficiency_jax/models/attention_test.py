@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from efficiency_jax.models import attention
-from pallas_kernels import llvm_cpu
 from pallas_kernels.decode_attention import blockwise as decode_attention
 
 _BATCH, _TIME, _HEADS, _KV_HEADS, _DIM = 2, 9, 4, 2, 4
@@ -96,14 +95,3 @@ def test_a_block_whose_keys_are_all_masked_leaves_no_trace(monkeypatch):
   )
   np.testing.assert_allclose(got[0, 0], expected[0, 1], atol=2e-5)
   np.testing.assert_allclose(got[1, 0], expected[1, 8], atol=2e-5)
-
-
-@pytest.mark.skipif(bool(llvm_cpu.missing()), reason=str(llvm_cpu.missing()))
-@pytest.mark.parametrize('devices', [1, 8])
-def test_where_a_batch_may_be_divided_no_kernel_of_ours_is_called(
-  monkeypatch, devices
-):
-  monkeypatch.setattr(jax, 'device_count', lambda: devices)
-  x = jnp.ones((1, 8, 2, 16))
-  program = jax.jit(lambda x: attention.full_attention(x, x, x)).lower(x)
-  assert ('llvm_cpu' in program.as_text()) == (devices == 1)

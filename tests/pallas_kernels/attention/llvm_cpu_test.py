@@ -99,7 +99,7 @@ def test_a_query_that_sees_nothing_is_zero():
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'widths': (24, 16)}, 'no multiples of'),
+    ({'widths': (20, 16)}, 'no multiples of'),
     ({'dtype': jnp.bfloat16}, 'not float32'),
     ({'softcap': 2.0}, 'not soft-capped'),
     ({'segments': 2}, 'segments are not told apart'),
@@ -112,9 +112,16 @@ def test_what_the_kernel_does_not_take(change, message):
     _run(*arrays, **options)
 
 
-def test_the_platform_chooses():
+@pytest.mark.parametrize('devices', [1, 8])
+def test_the_platform_chooses_where_nothing_is_divided(monkeypatch, devices):
+  monkeypatch.setattr(jax, 'devices', lambda platform: [None] * devices)
   arrays, options = cases.make(widths=(16, 16), causal=True)
   program = jax.jit(lambda *a: api.attention(*a, **options)[0])
-  assert 'llvm_cpu' in program.lower(*arrays).as_text()
+  lowered = program.lower(*arrays).as_text()
+  assert ('llvm_cpu' in lowered) == (devices == 1)
   narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays)
   assert 'llvm_cpu' not in program.lower(*narrow).as_text()
+  # Other platforms keep their kernels.
+  arrays, _ = cases.make(sizes=(128, 128), widths=(128, 128))
+  for_tpu = program.trace(*arrays).lower(lowering_platforms=('tpu',))
+  assert 'tpu_custom_call' in for_tpu.as_text()

@@ -127,7 +127,7 @@ def test_the_platform_chooses():
 @pytest.mark.parametrize(
   ('change', 'options', 'message'),
   [
-    ({'width': 24}, {}, 'do not fill vectors'),
+    ({'width': 20}, {}, 'do not fill vectors'),
     ({'slots': 100}, {}, 'do not fill vectors'),
     ({'batch': 0}, {}, '0 times 1 queries'),
     ({}, {'softcap': 3.0}, 'not soft-capped'),

@@ -92,6 +92,15 @@ def test_groups_of_every_number_of_rows(rows):
   _equal(jnp.asarray(x, jnp.float32), w, scales, w_offsets=offsets)
 
 
+@pytest.mark.parametrize('packed', [False, True])
+def test_rows_of_int8_in_groups_take_turns(packed):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.integers(-128, 128, (41, 96)), jnp.int8)
+  w, scales, offsets = _grouped(96, 128, 3, packed)
+  x_scales = jnp.asarray(rng.random(41), jnp.float32)
+  _equal(x, w, scales, w_offsets=offsets, x_scales=x_scales)
+
+
 @pytest.mark.parametrize(
   ('rows', 'groups', 'packed'),
   [(1, 1, True), (7, 1, False), (1, 3, False), (7, 3, True)],
