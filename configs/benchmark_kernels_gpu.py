@@ -3,17 +3,16 @@
     python -m experiments.benchmark_kernels \\
       --config=configs/benchmark_kernels_gpu.py --workdir=runs/kernels_gpu
 
-bfloat16, head width 128, causal, one H100 or H200, some six minutes. Baselines
-are XLA's naive program, which needs 35 GB at 16384, cuDNN (through jax.nn),
-jax's own Hopper kernel and, where torch is installed with CUDA, its
-scaled_dot_product_attention.
+bfloat16, head width 128, causal, one H100 or H200. Baselines are XLA's naive
+program, which needs 35 GB at 16384, cuDNN (through jax.nn), jax's own Hopper
+kernel and, where torch is installed with CUDA, its scaled_dot_product_attention.
 
-On an H200 (RESULTS.md) attention and the products of integers took three and a
-half minutes; the kernels for quantized weights take long to compile. The chart
-of FlashAttention-3 for an H100 (github.com/Dao-AILab/flash-attention), causal
-forward, width 128, sequences of 4096, 8192, 16384: FlashAttention-2 319, 333,
-335 TFLOP/s, Triton 353, 369, 378, cuDNN 518, 529, 539, FlashAttention-3 579,
-602, 616.
+On an H200 (RESULTS.md) attention, decode attention and the products of integers
+took three and a half minutes, and the run was stopped there: the kernels for
+quantized weights take long to compile. The chart of FlashAttention-3 for an
+H100 (github.com/Dao-AILab/flash-attention), causal forward, width 128,
+sequences of 4096, 8192, 16384: FlashAttention-2 319, 333, 335 TFLOP/s, Triton
+353, 369, 378, cuDNN 518, 529, 539, FlashAttention-3 579, 602, 616.
 """
 
 import ml_collections

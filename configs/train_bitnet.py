@@ -8,8 +8,8 @@ ternary from the start, with activations of 8 bits (b1.58, arXiv 2402.17764) or
 with real ones; or signs, with 8 bits (arXiv 2310.11453); or are rounded after
 training. The paper of b1.58 finds no loss from 3 billion parameters on.
 
-Four minutes a training on two CPU cores, half a minute on a GPU, and 2 GB of
-memory. `:tiny` after the file's name is a check of the machinery on a sentence.
+Four minutes a training on two CPU cores, and 2 GB of memory. `:tiny` after the
+file's name is a check of the machinery on a sentence.
 
 Fields:
   text: Of data.documents; 'inline' is a sentence.
