@@ -5,7 +5,7 @@
 
 bfloat16, head width 128, causal, one H100 or H200. Baselines are XLA's naive
 program, which needs 35 GB at 16384, cuDNN (through jax.nn), jax's own Hopper
-kernel and, where torch is installed with CUDA, its scaled_dot_product_attention.
+kernel and, where torch is installed with CUDA, its own attention.
 
 On an H200 (RESULTS.md) attention, decode attention and the products of integers
 took three and a half minutes, and the run was stopped there: the kernels for
