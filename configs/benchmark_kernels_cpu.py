@@ -29,7 +29,9 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.width = 64
   config.dtype = 'float32'
   # Those that cannot run here are left out; the first is the baseline.
-  config.attention = ('naive', 'jax.nn', 'torch', 'reference', 'blockwise')
+  # llvm_cpu needs llvmlite (the extra `cpu`).
+  ours = ('blockwise',) if tiny else ('blockwise', 'llvm_cpu')
+  config.attention = ('naive', 'jax.nn', 'torch', 'reference', *ours)
   config.forward = (64, 128) if tiny else (512, 1024, 2048, 4096, 8192)
   config.backward = (64,) if tiny else (512, 1024, 2048)
   # Dense against a share of the tiles, without causal masking.
@@ -37,18 +39,18 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.sparse_density = 0.25
   config.sparse_implementation = 'blockwise'
   # New tokens over caches with this many used slots.
-  config.decode = ('reference', 'blockwise')
+  config.decode = ('reference', *ours)
   config.decode_queries = (1,) if tiny else (1, 16)
   config.decode_slots = (128,) if tiny else (256, 1024, 4096)
   config.decode_batch = 1
-  # Products [m, k] x [k, n]; llvm_cpu needs llvmlite (the extra `cpu`).
-  config.products_of_few_rows = ('blockwise', *(() if tiny else ('llvm_cpu',)))
+  # Products [m, k] x [k, n].
+  config.products_of_few_rows = ours
   config.few_rows = (
     ((2, 64, 64),)
     if tiny
     else tuple((m, 2048, 49152) for m in (1, 2, 4, 8, 16))
   )
-  config.products = ('blockwise',)
+  config.products = ours
   config.int8 = (
     ((2, 64, 48),)
     if tiny
