@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -46,6 +47,26 @@ def test_networks_learn_and_fold(tmp_path):
   for name in ('errors.png', 'weights_of_float.png', 'weights_of_BNN.png'):
     assert name in report
     assert (tmp_path / 'run' / name).stat().st_size > 5_000
+
+
+@pytest.mark.network
+@pytest.mark.skipif(not shutil.which('apt-get'), reason='needs apt-get')
+def test_a_trained_network_folds_the_same_on_all_real_images(tmp_path):
+  train_bnn.main(
+    [
+      'train_bnn',
+      f'--config={CONFIGS / "train_bnn.py"}:fashion',
+      f'--workdir={tmp_path / "run"}',
+      '--config.methods=("BNN",)',
+      '--config.hidden=(128, 64)',
+      '--config.epochs=1',
+      '--config.seeds=1',
+    ]
+  )
+  (row,) = json.loads((tmp_path / 'run/results.json').read_text())['rows']
+  # All 70,000 images, the 10,000 official test images among them.
+  assert row['folded_matches'] is True
+  assert row['test_error'] < 30
 
 
 def test_a_border_is_black():
