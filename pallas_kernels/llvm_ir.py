@@ -184,6 +184,11 @@ def constant(value: float, kind: Type = f32) -> Value:
   return ir.Constant(kind, value)
 
 
+def index(builder, outer: Value, size: int, inner: Value) -> Value:
+  """outer size + inner: a place among `outer` times `size`."""
+  return builder.add(builder.mul(outer, number(size)), inner)
+
+
 def least(builder, a: Value, b: Value) -> Value:
   """The smaller one of two integers."""
   return builder.select(builder.icmp_signed('<', a, b), a, b)
@@ -264,6 +269,11 @@ def room(builder, size: int, kind: Type = f32) -> Value:
 def load(builder, address: Value, kind: Type = f32) -> Value:
   """The number at an address."""
   return builder.load(address, typ=kind, align=1)
+
+
+def load_index(builder, base: Value, at: Value) -> Value:
+  """`base[at]` of int32, as an i64."""
+  return builder.sext(load(builder, place(builder, base, at, i32), i32), i64)
 
 
 def load_vector(builder, address: Value, kind: Type = f32) -> Value:

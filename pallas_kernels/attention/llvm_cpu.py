@@ -151,7 +151,7 @@ def _emit(builder, z: _Sizes, pointers, part) -> None:
   kv_head = builder.sdiv(head, ll.number(z.heads // z.kv_heads))
 
   def first(base, size, heads, head, width):
-    index = _index(builder, builder.mul(row, ll.number(size)), heads, head)
+    index = ll.index(builder, builder.mul(row, ll.number(size)), heads, head)
     return ll.place(builder, base, builder.mul(index, ll.number(width)))
 
   mine = _Part(
@@ -177,13 +177,8 @@ def _emit(builder, z: _Sizes, pointers, part) -> None:
   _begin(builder, z, state)
 
   def bounds(i):
-    index = _index(builder, row, z.q_size, i)
-    return tuple(
-      builder.sext(
-        ll.load(builder, ll.place(builder, base, index, ll.i32), ll.i32), ll.i64
-      )
-      for base in (low, high)
-    )
+    index = ll.index(builder, row, z.q_size, i)
+    return tuple(ll.load_index(builder, base, index) for base in (low, high))
 
   nowhere = ll.number(z.kv_size), ll.number(0)
   with ll.carry(builder, begin, end, 1, nowhere) as (i, span, keep):
@@ -215,9 +210,11 @@ def _emit(builder, z: _Sizes, pointers, part) -> None:
         _add_values(builder, z, mine, seen, tile, own, weights, shrinks)
   with ll.count(builder, begin, end, 1) as i:
     own = _of(builder, z, state, builder.sub(i, begin))
-    index = _index(builder, line, z.q_size, i)
+    index = ll.index(builder, line, z.q_size, i)
     at = [ll.place(builder, base, index) for base in (largest, total)]
-    index = _index(builder, _index(builder, row, z.q_size, i), z.heads, head)
+    index = ll.index(
+      builder, ll.index(builder, row, z.q_size, i), z.heads, head
+    )
     index = builder.mul(index, ll.number(z.v_width))
     _finish(builder, z, own, *at, ll.place(builder, out, index))
 
@@ -396,8 +393,3 @@ def _of(builder, z, state: _State, i) -> _State:
   return _State(
     at(state.largest, 1), at(state.total, ll.lanes()), at(state.out, z.v_width)
   )
-
-
-def _index(builder, outer, size: int, inner):
-  """outer size + inner."""
-  return builder.add(builder.mul(outer, ll.number(size)), inner)

@@ -177,8 +177,8 @@ def _emit(builder, z: _Sizes, pointers, part) -> None:
   row = builder.sdiv(part, ll.number(z.heads))
   head = builder.srem(part, ll.number(z.heads))
   kv_head = builder.sdiv(head, ll.number(z.heads // z.kv_heads))
-  kv_head = _index(builder, row, z.kv_heads, kv_head)
-  start = _integer(builder, offset, row)
+  kv_head = ll.index(builder, row, z.kv_heads, kv_head)
+  start = ll.load_index(builder, offset, row)
   scores = ll.room(builder, z.block)
   sums = ll.room(builder, z.time * ll.lanes())
 
@@ -193,19 +193,21 @@ def _emit(builder, z: _Sizes, pointers, part) -> None:
   )
 
   def query(t) -> _Query:
-    among_all = _index(builder, row, z.time, t)
-    line = _index(builder, among_all, z.heads, head)
+    among_all = ll.index(builder, row, z.time, t)
+    line = ll.index(builder, among_all, z.heads, head)
     return _Query(
       at(q, line, z.width),
       seen and at(seen, among_all, z.time, ll.i8),
       at(out, line, z.v_width),
-      at(largest, _index(builder, part, z.time, t), 1),
+      at(largest, ll.index(builder, part, z.time, t), 1),
       at(sums, t, ll.lanes()),
     )
 
   def bounds(t):
-    among_all = _index(builder, row, z.time, t)
-    return tuple(_integer(builder, base, among_all) for base in (low, high))
+    among_all = ll.index(builder, row, z.time, t)
+    return tuple(
+      ll.load_index(builder, base, among_all) for base in (low, high)
+    )
 
   nowhere = ll.number(z.slots), ll.number(0)
   with ll.carry(builder, 0, z.time, 1, nowhere) as (t, (begin, end), keep):
@@ -225,7 +227,7 @@ def _emit(builder, z: _Sizes, pointers, part) -> None:
       _read(builder, z, keys, query(t), (start, block, least, most), scores)
   with ll.count(builder, 0, z.time, 1) as t:
     _finish(
-      builder, z, query(t), at(total, _index(builder, part, z.time, t), 1)
+      builder, z, query(t), at(total, ll.index(builder, part, z.time, t), 1)
     )
 
 
@@ -373,14 +375,3 @@ def _line(builder, base, slot, width: int, int8: bool) -> list:
     builder, ll.place(builder, base, i, ll.i8), ll.i8
   )
   return [builder.sitofp(read(i), ll.vector_of()) for i in indices]
-
-
-def _index(builder, outer, size: int, inner):
-  """outer size + inner."""
-  return builder.add(builder.mul(outer, ll.number(size)), inner)
-
-
-def _integer(builder, base, index):
-  """`base[index]` of int32, as an i64."""
-  value = ll.load(builder, ll.place(builder, base, index, ll.i32), ll.i32)
-  return builder.sext(value, ll.i64)
