@@ -50,8 +50,8 @@ def test_both_outputs_and_the_gradients_of_both(case):
 
 @hypothesis.settings(deadline=None)
 @hypothesis.given(
-  sizes=st.sampled_from([(1, 1), (5, 130), (110, 64), (97, 140)]),
-  heads=st.sampled_from([(1, 1), (6, 2)]),
+  sizes=st.sampled_from([(1, 70), (97, 140)]),
+  heads=st.just((6, 2)),
   causal=st.booleans(),
   offset=st.integers(-10, 50),
   window=st.one_of(st.none(), st.integers(1, 80)),
