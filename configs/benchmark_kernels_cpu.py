@@ -29,7 +29,6 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.width = 64
   config.dtype = 'float32'
   # Those that cannot run here are left out; the first is the baseline.
-  # llvm_cpu needs llvmlite (the extra `cpu`).
   ours = ('blockwise',) if tiny else ('blockwise', 'llvm_cpu')
   config.attention = ('naive', 'jax.nn', 'torch', 'reference', *ours)
   config.forward = (64, 128) if tiny else (512, 1024, 2048, 4096, 8192)

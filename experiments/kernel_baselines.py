@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficiency_jax.evaluation import speed
+from pallas_kernels import llvm_cpu
 
 # Attention by others; the last three need more than this project does.
 ATTENTION = ('naive', 'jax.nn', 'cudnn', 'attention_mgpu', 'torch')
@@ -62,10 +63,12 @@ def gradients(run: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 
 def missing(name: str) -> str | None:
-  """Why a peer cannot run here, or None if it can."""
+  """Why a peer, or our kernel, cannot run here, or None if it can."""
   if name == 'torch':
     if importlib.util.find_spec('torch') is None:
       return 'torch is not installed: make test-peers'
+  elif name == 'llvm_cpu':
+    return llvm_cpu.missing()
   elif name in ('cudnn', 'attention_mgpu') and jax.default_backend() != 'gpu':
     return f'{name} needs a GPU, and this is {jax.default_backend()}'
   return None

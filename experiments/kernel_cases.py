@@ -1,6 +1,6 @@
 """What `benchmark_kernels` times: operations, shapes and implementations."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -76,6 +76,11 @@ def cases(config: ml_collections.ConfigDict) -> Iterator[Case]:
   yield from _binary(config)
 
 
+def _here(names: Sequence[str]) -> list[str]:
+  """Those of some implementations that can run here."""
+  return [name for name in names if baselines.missing(name) is None]
+
+
 def _attention(config: ml_collections.ConfigDict) -> Iterator[Case]:
   """Forward, forward with backward, and block-sparse."""
   work = functools.partial(
@@ -108,7 +113,7 @@ def _attention(config: ml_collections.ConfigDict) -> Iterator[Case]:
       for name in attention_api.IMPLEMENTATIONS
       for ours in [lambda *a, name=name: run(name, causal=True)(*a)[0]]
     }
-    names = [name for name in config.attention if name in known]
+    names = [n for n in _here(config.attention) if n in known]
     operation = 'attention forward' + ' and backward' * backward
     for n in config.backward if backward else config.forward:
       needed = work(q_size=n, kv_size=n, density=0.5, backward=backward)
@@ -162,7 +167,7 @@ def _decode(config: ml_collections.ConfigDict) -> Iterator[Case]:
           **dict(zip(('k_scales', 'v_scales'), scales)),
         )[0]
       )
-      names = config.decode
+      names = _here(config.decode)
       candidates = {name: compiled(run(name)) for name in names}
       needed = dict.fromkeys(names, work())
       quantized = f'{names[-1]}, int8 cache'
@@ -189,7 +194,7 @@ def _few_rows(config: ml_collections.ConfigDict) -> Iterator[Case]:
   for m, k, n in config.few_rows:
     candidates, needed = {}, {}
     for name, (label, (product, convert, bits)) in itertools.product(
-      config.products_of_few_rows, _few_rows_products().items()
+      _here(config.products_of_few_rows), _few_rows_products().items()
     ):
       ours = functools.partial(product, implementation=name)
       candidates[f'{label}, {name}'] = compiled(ours, convert)
@@ -236,10 +241,13 @@ def _int8(config: ml_collections.ConfigDict) -> Iterator[Case]:
       size=m,
       shapes=((m, k), (k, n)),
       candidates={config.dtype: compiled(jnp.matmul)}
-      | {name: compiled(ours(name), _int8_weights) for name in config.products},
+      | {
+        name: compiled(ours(name), _int8_weights)
+        for name in _here(config.products)
+      },
       work={config.dtype: float_work}
       | dict.fromkeys(
-        config.products, roofline.matmul(m, n, k, x_bits=bits, w_bits=8)
+        _here(config.products), roofline.matmul(m, n, k, x_bits=bits, w_bits=8)
       ),
       dtype=config.dtype,
     )
@@ -301,10 +309,10 @@ def _binary(config: ml_collections.ConfigDict) -> Iterator[Case]:
       size=m,
       shapes=((m, k), (k, n)),
       candidates={'float32': compiled(jnp.matmul, signs)}
-      | {name: compiled(ours(name), packed) for name in config.products},
+      | {name: compiled(ours(name), packed) for name in _here(config.products)},
       work={'float32': roofline.matmul(m, n, k)}
       | dict.fromkeys(
-        config.products, roofline.matmul(m, n, k, x_bits=1, w_bits=1)
+        _here(config.products), roofline.matmul(m, n, k, x_bits=1, w_bits=1)
       ),
     )
 

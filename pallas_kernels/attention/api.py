@@ -62,7 +62,7 @@ def attention(
     tiles: Tiles of the score matrix to compute; the others are hidden.
     implementation: See `dispatch`: 'reference', 'blockwise', 'mosaic_tpu',
       'mosaic_gpu', 'llvm_cpu', or None, which takes the last one only where
-      there is one CPU device.
+      there is one device.
 
   Returns:
     Out [B, Sq, H, Dv] in the dtype of q and log-sum-exp [B, H, Sq] float32.
@@ -88,7 +88,7 @@ def attention(
     tiles=tiles,
   )
   offered = dict(IMPLEMENTATIONS)
-  if implementation is None and len(jax.devices('cpu')) > 1:
+  if implementation is None and jax.device_count() > 1:
     # XLA gathers arrays that are divided among devices to call it.
     del offered['llvm_cpu']
   bound = dispatch.bind(offered, rule)

@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 
+from configs import benchmark_kernels_cpu
 from efficiency_jax.evaluation import speed
 from experiments import benchmark_kernels
 from experiments import figures
@@ -58,6 +59,15 @@ def test_rows_table_and_figure(tmp_path):
       assert row['max_error'] < (0.2 if narrow else 1e-5)
   assert (tmp_path / 'run/attention.png').stat().st_size > 10_000
   assert 'of roofline' in (tmp_path / 'run/report.md').read_text()
+
+
+@pytest.mark.parametrize('reason', [None, 'no compiler is installed'])
+def test_a_kernel_that_cannot_run_here_is_left_out(monkeypatch, reason):
+  monkeypatch.setattr(baselines.llvm_cpu, 'missing', lambda: reason)
+  made = list(kernel_cases.cases(benchmark_kernels_cpu.get_config()))
+  names = {name for case in made for name in case.candidates}
+  assert any('llvm_cpu' in name for name in names) == (reason is None)
+  assert all(case.candidates for case in made)
 
 
 def test_only_what_grows_has_panels():
