@@ -266,6 +266,12 @@ def room(builder, size: int, kind: Type = f32) -> Value:
   return address
 
 
+def unknown(builder, address: Value) -> Value:
+  """The address again, of which LLVM knows nothing, so that it is read anew."""
+  kind = ir.FunctionType(ir.PointerType(), [ir.PointerType()])
+  return builder.asm(kind, '', '=r,0', [address], side_effect=True)
+
+
 def load(builder, address: Value, kind: Type = f32) -> Value:
   """The number at an address."""
   return builder.load(address, typ=kind, align=1)

@@ -36,7 +36,7 @@ def narrow_matmul(
     x: [M, K].
     w: [K, N], or [N, K] if transposed.
     transposed: Whether rows of `w` are scored, as those of an embedding table.
-    implementation: See `dispatch`. `llvm_cpu` takes float32, at most 16 rows,
+    implementation: See `dispatch`. `llvm_cpu` takes float32, at most 32 rows,
       and sizes that fill vectors; `blockwise` is XLA's own product.
 
   Returns:
