@@ -105,7 +105,11 @@ def speed_rows(
     present = [name for name in others if not notes[name]]
     ways |= load_peers(config, lm, present, [p for g in groups for p in g])
     return candidates.take_turns(
-      ways, repeats=config.repeats, workdir=workdir, label=f'batch {batch}'
+      ways,
+      repeats=config.repeats,
+      workdir=workdir,
+      label=f'batch {batch}',
+      read=speed.read_bandwidth,
     )
 
   def make(name: str) -> workdirs.Row:

@@ -33,8 +33,7 @@ def experiment(
   lm = inputs.load_model(config)
   prompts = load_prompts(lm, config)
   engines = load_engines(lm, config)
-  memory = workdir.row('memory', cases.measure_memory)
-  rows = [memory]
+  rows = [workdir.row('memory', cases.measure_memory)]
   groups_of = {1: [[prompt] for prompt in prompts[: config.single]]}
   if config.batch > 1:
     groups_of[config.batch] = [prompts[: config.batch]]
@@ -43,9 +42,9 @@ def experiment(
     speeds = cases.speed_rows(config, workdir, lm, engines, groups, rounds)
     for row in speeds:
       if 'tokens_per_second' in row:
-        bound = batch * memory['bytes_per_second'] / row['weight_bytes']
-        row['roofline_tokens_per_second'] = bound
-        row['roofline_fraction'] = row['tokens_per_second'] / bound
+        share = row['tokens_per_byte'] * row['weight_bytes'] / batch
+        row['roofline_fraction'] = share
+        row['roofline_tokens_per_second'] = row['tokens_per_second'] / share
     rows += rounds + speeds
   workdir.write_results(rows)
   figure = figures.speeds(reports.of_methods(rows))

@@ -71,9 +71,10 @@ speed-up is over our plain decoding of the same batch; that over own plain is
 over the plain decoding of the same tool. Equal texts have the tokens of our
 plain decoding, all of them. Tokens a step of one prompt are those that a pass
 of the target gives: 1 without a draft. The roofline is one read of the method's
-own weights a step, with one token a prompt, at the {read:.1f} GB/s that a
-compiled sum reads here: drafting may pass it. The load average before the run
-was {load:.1f}; a machine at rest has one near 0.
+own weights a step, with one token a prompt, at the speed that a compiled sum
+reads just before or after each sample, the faster one: drafting may pass it.
+Before all samples the sum read {read:.1f} GB/s, and the load average was
+{load:.1f}; a machine at rest has one near 0.
 
 {display.table(pick('temporary_bytes'), PROGRAMS).markdown()}
 

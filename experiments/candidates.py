@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 
@@ -20,6 +21,7 @@ class Sample:
     decode_seconds: Writing after that.
     decoded: Tokens that were written in `decode_seconds`.
     steps: Passes of the model in `decode_seconds`.
+    bytes_per_second: That memory could be read with just before or after.
   """
 
   tokens: list[list[int]]
@@ -27,6 +29,7 @@ class Sample:
   decode_seconds: float
   decoded: int
   steps: int
+  bytes_per_second: float = math.nan
 
   @property
   def tokens_per_second(self) -> float:
@@ -60,11 +63,13 @@ def take_turns(
   repeats: int,
   workdir: workdirs.Workdir,
   label: str,
+  read: Callable[[], float],
 ) -> dict[str, list[Sample]]:
   """Samples of every candidate, every other turn in the opposite order.
 
   A first turn, in which programs are compiled and memory is touched, is not
-  among the `repeats` samples of each.
+  among the `repeats` samples of each. Memory is shared with whatever else the
+  machine does, so `read` measures its bytes a second between all samples.
   """
   samples = {name: [] for name in candidates}
   turns = [
@@ -72,8 +77,12 @@ def take_turns(
     for turn in range(repeats + 1)
     for name in (list(candidates) if turn % 2 else reversed(candidates))
   ]
+  before = read()
   for turn, name in display.track(turns, label):
     sample = candidates[name]()
+    after = read()
+    sample = dataclasses.replace(sample, bytes_per_second=max(before, after))
+    before = after
     if turn:
       samples[name].append(sample)
       rate = sample.tokens_per_second
@@ -106,6 +115,9 @@ def summary(
     'speedup': float(np.median(gains)),
     'speedup_spread': _spread(gains),
     'milliseconds_per_step': median('milliseconds_per_step'),
+    'tokens_per_byte': float(
+      np.median([s.tokens_per_second / s.bytes_per_second for s in samples])
+    ),
     'tokens_per_step': samples[-1].decoded / samples[-1].steps,
     'prefill_seconds': median('prefill_seconds'),
     'texts_equal': sum(a == b for a, b in texts),

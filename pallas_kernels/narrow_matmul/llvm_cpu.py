@@ -1,8 +1,8 @@
 """The product of a few rows and a matrix on a CPU, one read of the matrix.
 
-At one to 32 rows the work is reading the weights. A vector of weights is
-read once and multiplied with all rows (for a table in groups of eight) while it is in a register. A part of the work is a range of
-columns.
+With few rows the work is reading the weights. A vector of weights is read once
+and multiplied with all rows (for a table in groups of eight) while it is in a
+register. A part of the work is a range of columns.
 
     w [K, N]: eight lines of w are read side by side, a vector of each at a
               time; a vector of sums of every row, which stay in a cache, gets

@@ -1,5 +1,6 @@
 """Turns and medians of candidates that take the time they say."""
 
+import dataclasses
 import json
 
 import pytest
@@ -38,10 +39,13 @@ def test_turns_alternate_and_the_first_is_not_counted(tmp_path):
     repeats=2,
     workdir=workdir,
     label='batch 1',
+    read=lambda: 10.0 * len(calls),
   )
   assert calls == ['b', 'a', 'a', 'b', 'b', 'a']
   assert [s.decode_seconds for s in samples['a']] == [3, 6]
   assert [s.decode_seconds for s in samples['b']] == [4, 5]
+  # After the sample, when memory was faster than before it.
+  assert [s.bytes_per_second for s in samples['a']] == [30, 60]
   lines = (tmp_path / 'run' / 'log.jsonl').read_text().splitlines()
   assert json.loads(lines[0]) == {
     'group': 'batch 1',
@@ -61,6 +65,15 @@ def test_a_speedup_is_the_median_of_ratios_within_a_turn():
   assert row['speedup_spread'] == pytest.approx(0.5)
   assert row['milliseconds_per_step'] == 500
   assert row['tokens_per_step'] == 2
+
+
+def test_a_rate_is_compared_with_memory_around_it():
+  """Half as fast in the second turn, as memory was."""
+  ours = [
+    dataclasses.replace(_sample(seconds), bytes_per_second=speed)
+    for seconds, speed in ((1.0, 16.0), (2.0, 8.0), (1.0, 4.0))
+  ]
+  assert candidates.summary(ours, ours)['tokens_per_byte'] == 4 / 16
 
 
 def test_texts_are_compared_token_for_token():
