@@ -460,10 +460,11 @@ def sample_chain(
   start = None if purpose == Purpose.SAMPLE else context.length
 
   def draw(logits, seen, index):
-    q = sampling_lib.processed_logits(logits, context.sampling, seen)
     if sampling_lib.is_greedy(context.sampling):
+      q = sampling_lib.penalized(logits, context.sampling, seen)
       token = jnp.argmax(q, axis=-1).astype(jnp.int32)
     else:
+      q = sampling_lib.processed_logits(logits, context.sampling, seen)
       position = (context.length + index)[:, None]
       keys = sampling_lib.position_keys(context.keys, position, purpose, start)
       token = sampling_lib.draw(keys, q)

@@ -85,11 +85,11 @@ class Draft(nn.Module):
     ancestors: jax.Array | None = None,  # [T, T] or [B, T, T] bool
   ) -> tuple[jax.Array, Cache | None]:
     c = self.config
+    norm = lambda name: transformer.RMSNorm(
+      c.norm_epsilon, c.norm_plus_one, cached=cache is not None, name=name
+    )
     x = transformer.Linear(c.width, name='fuse')(
-      fused(
-        self._norm('embedding_norm')(embedded),
-        self._norm('feature_norm')(features),
-      )
+      fused(norm('embedding_norm')(embedded), norm('feature_norm')(features))
     )
     batch, time, _ = x.shape
     start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
@@ -100,13 +100,10 @@ class Draft(nn.Module):
     slots = None if cache is None else (cache.keys[0], cache.values[0])
     block = transformer.Block(c, 0, name='layers_0')
     x, slots = block(x, turn, start, slots, ancestors, None)
+    x = norm('final_norm')(x)
     if cache is not None:
       cache = Cache((slots[0],), (slots[1],), start + time)
-    return self._norm('final_norm')(x), cache
-
-  def _norm(self, name: str) -> transformer.RMSNorm:
-    c = self.config
-    return transformer.RMSNorm(c.norm_epsilon, c.norm_plus_one, name=name)
+    return x, cache
 
 
 def fused(embedded: jax.Array, features: jax.Array) -> jax.Array:

@@ -105,15 +105,12 @@ def is_greedy(sampling: Sampling) -> bool:
   return sampling.temperature is None
 
 
-def processed_logits(
+def penalized(
   logits: jax.Array,  # [B, T, V]
   sampling: Sampling,
   seen: jax.Array | None = None,  # [B, T, V] bool
 ) -> jax.Array:
-  """Log-weights of the distribution that row b samples from: [B, T, V] float32.
-
-  Tokens outside it have -inf. A greedy row gives an exact point mass on its
-  arg max, and not the limit of a small temperature.
+  """Logits of which a greedy row takes the arg max: [B, T, V] float32.
 
   Args:
     logits: Scores of the model.
@@ -122,10 +119,25 @@ def processed_logits(
       (arXiv 1909.05858): positive logits are divided by it, others multiplied.
   """
   logits = logits.astype(jnp.float32)
-  if sampling.repetition_penalty is not None:
-    penalty = sampling.repetition_penalty[:, None, None]
-    scaled = jnp.where(logits > 0, logits / penalty, logits * penalty)
-    logits = jnp.where(seen, scaled, logits)
+  if sampling.repetition_penalty is None:
+    return logits
+  penalty = sampling.repetition_penalty[:, None, None]
+  scaled = jnp.where(logits > 0, logits / penalty, logits * penalty)
+  return jnp.where(seen, scaled, logits)
+
+
+def processed_logits(
+  logits: jax.Array,  # [B, T, V]
+  sampling: Sampling,
+  seen: jax.Array | None = None,  # [B, T, V] bool
+) -> jax.Array:
+  """Log-weights of the distribution that row b samples from: [B, T, V] float32.
+
+  Tokens outside it have -inf. A greedy row gives an exact point mass on its
+  arg max, and not the limit of a small temperature. Arguments are those of
+  `penalized`.
+  """
+  logits = penalized(logits, sampling, seen)
   best = jnp.argmax(logits, axis=-1, keepdims=True)
   token = jnp.arange(logits.shape[-1])
   point_mass = jnp.where(token == best, 0.0, -jnp.inf)

@@ -264,7 +264,11 @@ def _round(
   seen = None
   if state.sampling.repetition_penalty is not None:
     seen = _seen(state, proposal.tokens, tree, output.logits.shape[-1])
-  logits = sampling_lib.processed_logits(output.logits, state.sampling, seen)
+  # Of a point mass the arg max would be looked for twice.
+  process = sampling_lib.processed_logits
+  if decoder.verifier is GREEDY:
+    process = sampling_lib.penalized
+  logits = process(output.logits, state.sampling, seen)
   verdict = decoder.verifier.verify(
     state.keys, state.length, logits, proposal, tree
   )
