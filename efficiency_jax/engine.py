@@ -354,22 +354,43 @@ def measured_costs(
   Measured once in a process for a decoder, kind of sampling, batch and buffer
   size. The table steers speed alone, never the law of the text.
   """
+  key = _costs_key(engine, settings, batch, slots)
+  if key not in _COSTS:
+    _COSTS[key] = _measured(engine, settings, batch, slots)
+  return _COSTS[key]
+
+
+def measure_costs_again(
+  engine: Engine, settings: sampling.Sampling, batch: int, slots: int
+) -> None:
+  """Measures the table once more; of each entry the smaller one is kept.
+
+  Engines that are compared take turns, so that none has a slow moment alone.
+  """
+  before = measured_costs(engine, settings, batch, slots)
+  again = _measured(engine, settings, batch, slots)
+  key = _costs_key(engine, settings, batch, slots)
+  _COSTS[key] = np.minimum(before, again)
+
+
+def _costs_key(engine, settings, batch, slots):
   kind = jax.tree.structure(settings)
   weights = jax.tree.structure(engine.weights), _dtype(engine.lm)
-  key = engine.decoder, kind, batch, slots, weights, engine.cache_dtype
-  if key not in _COSTS:
-    slack = engine.decoder.slack
-    rounds = max(1, min(6, slots // slack // 2))
-    prompt = max(1, min(slots // 2, slots - slack * (rounds + 1)))
-    vocab = engine.lm.config.vocab_size
-    ids = np.random.default_rng(0).integers(0, vocab, (batch, prompt))
-    keys = sampling.row_keys(0, jnp.arange(batch))
-    budget = slots - slack - prompt
-    state = start(engine, ids.tolist(), budget, settings, keys, slots)
-    _COSTS[key] = cost_table.measure(
-      engine.decoder, engine.weights, state, rounds=min(rounds, budget // slack)
-    )
-  return _COSTS[key]
+  return engine.decoder, kind, batch, slots, weights, engine.cache_dtype
+
+
+def _measured(engine, settings, batch, slots) -> np.ndarray:
+  slack = engine.decoder.slack
+  rounds = max(1, min(6, slots // slack // 2))
+  prompt = max(1, min(slots // 2, slots - slack * (rounds + 1)))
+  vocab = engine.lm.config.vocab_size
+  ids = np.random.default_rng(0).integers(0, vocab, (batch, prompt))
+  keys = sampling.row_keys(0, jnp.arange(batch))
+  budget = slots - slack - prompt
+  state = start(engine, ids.tolist(), budget, settings, keys, slots)
+  return cost_table.measure(
+    engine.decoder, engine.weights, state, rounds=min(rounds, budget // slack)
+  )
 
 
 def slots_for_text(engine: Engine, tokens: int, slots: int | None) -> int:

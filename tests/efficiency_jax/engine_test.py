@@ -11,6 +11,7 @@ from efficiency_jax import engine as engine_lib
 from efficiency_jax import generation
 from efficiency_jax.decoding import draft_model
 from efficiency_jax.decoding import eagle
+from efficiency_jax.decoding import sampling
 from efficiency_jax.decoding import token_tree
 from efficiency_jax.decoding.dynamic_tree import Growth
 from efficiency_jax.io import untrained
@@ -165,3 +166,17 @@ def test_a_foreign_draft_is_refused(lm):
   for options in ({'heads': _draft(lm)}, {'heads': _model(lm), 'draft': lm}):
     with pytest.raises(ValueError, match='needs draft=.* or else heads='):
       engine_lib.prepare(lm, drafter='draft model', **options)
+
+
+def test_costs_that_are_measured_again_keep_the_fastest(lm, monkeypatch):
+  """A slow moment of the machine leaves the table with the next one."""
+  found = iter([[3.0, 1.0], [2.0, 4.0]])
+  monkeypatch.setattr(
+    engine_lib.cost_table, 'measure', lambda *_, **__: np.array(next(found))
+  )
+  monkeypatch.setattr(engine_lib, '_COSTS', {})
+  engine = engine_lib.prepare(lm, drafter='n-gram')
+  where = engine, sampling.GREEDY, 1, 128
+  assert engine_lib.measured_costs(*where).tolist() == [3, 1]
+  engine_lib.measure_costs_again(*where)
+  assert engine_lib.measured_costs(*where).tolist() == [2, 1]
