@@ -4,12 +4,12 @@
       --config=configs/benchmark_decode.py --workdir=runs/benchmark_decode
 
 Two CPU cores and 8 GB of memory, about 10 minutes on a machine that does
-nothing else. Expect plain decoding at 2.5x transformers and at a third of
-llama.cpp, which reads a fifth of the bytes; with --config.weights=packed, the
-same bytes, at 1.1x llama.cpp. Run it with the Python of .venv-peers (make
-test-peers) to have transformers and llama.cpp beside our rows. `:tiny` after
-the file's name runs every part of it in seconds, on random weights and without
-peers.
+nothing else. Expect plain decoding at 1.7x to 2.9x transformers, by the
+processor, and at a third of llama.cpp, which reads a fifth of the bytes; with
+--config.weights=packed, the same bytes, at 1.1x llama.cpp. Run it with the
+Python of .venv-peers (make test-peers) to have transformers and llama.cpp
+beside our rows. `:tiny` after the file's name runs every part of it in seconds,
+on random weights and without peers.
 
 Fields:
   model: An asset, a folder, a GGUF file or a Hub id; 'untrained' is a tiny

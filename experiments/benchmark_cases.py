@@ -109,7 +109,7 @@ def speed_rows(
       repeats=config.repeats,
       workdir=workdir,
       label=f'batch {batch}',
-      read=speed.read_bandwidth,
+      read=speed.bandwidth_reader(),
     )
 
   def make(name: str) -> workdirs.Row:

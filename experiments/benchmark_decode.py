@@ -41,7 +41,7 @@ def experiment(
     rounds = cases.round_rows(config, workdir, engines, batch)
     speeds = cases.speed_rows(config, workdir, lm, engines, groups, rounds)
     for row in speeds:
-      if 'tokens_per_second' in row:
+      if row.get('tokens_per_byte'):
         share = row['tokens_per_byte'] * row['weight_bytes'] / batch
         row['roofline_fraction'] = share
         row['roofline_tokens_per_second'] = row['tokens_per_second'] / share

@@ -129,6 +129,8 @@ def best(
 ) -> tuple[jax.Array, jax.Array]:
   """The most likely tokens, best first, and their log-probabilities.
 
+  The latter are as exact as a product of the platform is.
+
   Both are [..., most]; column j is the token j, or that of a vocabulary.
   """
   logits = logits.astype(jnp.float32)

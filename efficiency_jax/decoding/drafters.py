@@ -448,7 +448,7 @@ def sample_chain(
   on, a cache for one.
 
   The kept logits are those that were drawn from, filters included: a verifier
-  needs the true q.
+  needs the true q. Of a greedy draft, a point mass, none are kept.
   """
   seen = None
   if context.sampling.repetition_penalty is not None:

@@ -2,6 +2,7 @@
 
 There is one `processed_logits`; plain sampling, drafting, verification and the
 bonus token all use it, so they cannot disagree about the target distribution.
+Where every row is greedy the arg max of `penalized` is all there is of it.
 
 Randomness is keyed by (row, position, purpose), and that of drafts and accept
 tests also by the round: what a row samples does not depend on padding or on the

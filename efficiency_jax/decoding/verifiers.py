@@ -1,6 +1,7 @@
 """Rules that decide how much of a draft the target keeps.
 
-Each gets the target's processed logits at the drafted positions and one more,
+Each gets the target's processed logits at the drafted positions and one more
+(`GREEDY` those that are only penalized, which have the same arg max),
 and says how many draft tokens stand and which token follows them. All emit at
 least one token, and each keeps a stated promise:
 

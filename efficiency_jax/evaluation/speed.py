@@ -259,7 +259,16 @@ def loop_operations(
 
 
 def read_bandwidth(size: int = 512 * 2**20, *, repeats: int = 8) -> float:
-  """Bytes a second that a compiled program can read from memory here.
+  """Bytes a second that `bandwidth_reader` finds."""
+  return bandwidth_reader(size, repeats=repeats)()
+
+
+def bandwidth_reader(
+  size: int = 512 * 2**20, *, repeats: int = 8
+) -> Callable[[], float]:
+  """Measures again and again how fast memory is read, with one array.
+
+  It gives the bytes a second that a compiled program can read here.
 
   Decoding one token reads every weight once, so bandwidth / bytes of weights
   bounds the tokens per second of plain decoding from above. It is measured as
@@ -276,10 +285,13 @@ def read_bandwidth(size: int = 512 * 2**20, *, repeats: int = 8) -> float:
   if columns < 256:
     raise ValueError(f'size must be at least 4 MiB (4194304), got {size}.')
   array = jax.block_until_ready(jnp.ones((rows, columns), jnp.float32))
-  timing = measure(
-    jax.jit(lambda x: x.sum(axis=1)), array, repeats=repeats, warmup=2
-  )
-  return array.nbytes / timing.minimum_seconds
+  total = jax.jit(lambda x: x.sum(axis=1))
+
+  def read() -> float:
+    timing = measure(total, array, repeats=repeats, warmup=2)
+    return array.nbytes / timing.minimum_seconds
+
+  return read
 
 
 def arithmetic_rate(size: int = 2048, *, repeats: int = 5) -> float:

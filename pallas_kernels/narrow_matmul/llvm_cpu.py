@@ -49,7 +49,9 @@ def narrow_matmul(x: jax.Array, w: jax.Array, *, transposed: bool) -> jax.Array:
     raise NotImplementedError(
       f'[{rows}, {inner}] times [{inner}, {columns}] does not fill vectors'
     )
-  parts = max(llvm_cpu.parts(), -(-rows * columns // _SUMS))
+  parts = min(llvm_cpu.parts(), -(-columns // ll.lanes()))
+  if not transposed:
+    parts = max(parts, -(-rows * columns // _SUMS))
   return llvm_cpu.call(
     _emit_table if transposed else _emit,
     (rows, inner, columns, parts),
@@ -133,9 +135,9 @@ def _tile_of_table(builder, static, pointers, column, width, group) -> None:
   with ll.carry(builder, 0, inner, ll.lanes(), start) as (k, carried, keep):
     along = builder.add(line, k)
     places = [_at(builder, w, along, n * inner) for n in range(width)]
-    weights = [ll.load_vector(builder, place) for place in places]
     for place in places:
       ll.prefetch(builder, ll.place(builder, place, width * inner))
+    weights = [ll.load_vector(builder, place) for place in places]
     values = {
       m: ll.load_vector(builder, _at(builder, x, k, m * inner)) for m in group
     }

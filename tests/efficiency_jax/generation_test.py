@@ -12,12 +12,14 @@ from efficiency_jax import generation
 from efficiency_jax import trees
 from efficiency_jax.data import prompts
 from efficiency_jax.decoding import medusa
+from efficiency_jax.decoding import sampling
 from efficiency_jax.decoding import token_tree
 from efficiency_jax.io import pretrained
 from efficiency_jax.io import untrained
 from efficiency_jax.io.pretrained import LanguageModel
 from efficiency_jax.models import layers
 from efficiency_jax.models.config import DecoderConfig
+from tests import fixtures
 
 
 @pytest.fixture(scope='module')
@@ -64,6 +66,36 @@ def test_methods_agree_on_greedy_text(lm, other):
       assert len(b.run) == len(b.accepted_draft) == len(b.tokens)
       assert b.run[-1] == b.statistics.runs
       assert b.accepted_draft.sum() == b.statistics.accepted
+
+
+def test_greedy_text_is_penalized_whatever_the_drafter(lm):
+  """Arg max of penalized logits, where the loop makes no point mass of them."""
+  ids = [[1, 2, 3, 1, 2], [7]]
+  expected = fixtures.plain_texts(
+    lm.config,
+    lm.params,
+    ids,
+    16,
+    settings=sampling.make(2, repetition_penalty=1.7),
+  )
+  options = {'max_new_tokens': 16, 'stop': False}
+  bare = generation.generate(lm, ids, drafter='plain', **options)
+  for choices in (
+    {'drafter': 'plain'},
+    {'drafter': 'n-gram', 'draft_length': 3},
+    {'drafter': 'early exit', 'exit_layers': 1, 'draft_length': 2},
+    {'drafter': 'medusa', 'heads': _heads(lm), 'draft_length': 5},
+  ):
+    made = generation.generate(
+      lm, ids, repetition_penalty=1.7, **options, **choices
+    )
+    assert made.guarantee == 'greedy'
+    for prompt, row, text in zip(ids, made.rows, expected, strict=True):
+      np.testing.assert_array_equal([*prompt, *row.tokens], text)
+  assert any(
+    not np.array_equal(a.tokens, b.tokens)
+    for a, b in zip(bare.rows, made.rows, strict=True)
+  )
 
 
 def test_adaptive_lengths_measure_their_costs_once(lm, monkeypatch):

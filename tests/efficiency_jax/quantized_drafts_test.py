@@ -44,6 +44,15 @@ def test_a_quantized_draft_drafts_what_its_weights_stand_for(drafter, length):
   )
 
 
+def test_the_narrow_factor_of_a_markov_bias_is_not_rounded():
+  lm = cases.language_model()
+  draft = cases.KINDS['medusa'](lm)
+  small = quantized_drafts.quantize(draft, lm, 'W8A8').params['markov']
+  down = small['down']['kernel']
+  np.testing.assert_array_equal(down, draft.params['markov']['down']['kernel'])
+  assert isinstance(small['up']['kernel'], QTensor)
+
+
 def test_drafts_without_a_head_of_their_own_are_quantized_too():
   lm = cases.language_model()
   for kind in ('eagle of all tokens', 'draft model'):

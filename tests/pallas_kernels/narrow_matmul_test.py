@@ -8,6 +8,7 @@ import pytest
 
 from pallas_kernels import llvm_cpu as cpu
 from pallas_kernels.narrow_matmul import api
+from pallas_kernels.narrow_matmul import llvm_cpu
 
 pytestmark = [
   pytest.mark.short,
@@ -29,9 +30,9 @@ def _exact(x, w, transposed):
 
 @pytest.mark.parametrize('transposed', [False, True])
 @pytest.mark.parametrize('rows', [1, 2, 3, 8, 9, 17, 32])
-@pytest.mark.parametrize(('inner', 'columns'), [(32, 16), (48, 1008)])
+@pytest.mark.parametrize(('inner', 'columns'), [(32, 16), (48, 4096)])
 def test_the_kernel_is_the_product(rows, inner, columns, transposed):
-  """Some sizes leave tiles of one vector over, some parts are empty."""
+  """Some sizes leave tiles of one row over, or have more parts than cores."""
   x, w = _operands(rows, inner, columns, transposed)
   found = api.narrow_matmul(
     x, w, transposed=transposed, implementation='llvm_cpu'
@@ -39,6 +40,14 @@ def test_the_kernel_is_the_product(rows, inner, columns, transposed):
   expected = _exact(x, w, transposed)
   # sqrt(K) roundings of 2^-24 each, of terms of size 1.
   np.testing.assert_allclose(found, expected, atol=3e-5)
+
+
+@pytest.mark.parametrize('inner', [1, 13, 75])
+def test_lines_may_be_any_number(inner):
+  """Those of 75 are read five side by side, those of 13 one by one."""
+  x, w = _operands(3, inner, 160, False)
+  found = api.narrow_matmul(x, w, implementation='llvm_cpu')
+  np.testing.assert_allclose(found, _exact(x, w, False), atol=3e-5)
 
 
 def test_rows_do_not_depend_on_each_other():
@@ -53,9 +62,10 @@ def test_rows_do_not_depend_on_each_other():
   ('inner', 'transposed'), [(48, False), (75, False), (464, False), (48, True)]
 )
 def test_the_bits_of_a_row_do_not_depend_on_how_many_there_are(
-  inner, transposed
+  inner, transposed, monkeypatch
 ):
   """Parts of the work are more where there are more rows."""
+  monkeypatch.setattr(llvm_cpu, '_SUMS', 512)
   x, w = _operands(32, inner, 160, transposed)
   run = lambda x: api.narrow_matmul(
     x, w, transposed=transposed, implementation='llvm_cpu'

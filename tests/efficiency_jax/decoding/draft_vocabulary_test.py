@@ -79,6 +79,17 @@ def test_the_best_tokens_come_with_their_log_probabilities():
     np.testing.assert_allclose(gains, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize('rows', [3, 40])
+def test_log_probabilities_of_many_tokens_whatever_their_height(rows):
+  """Three rows are summed by a kernel, forty are not."""
+  logits = np.random.default_rng(0).standard_normal((rows, 64)) + 1e4
+  given = jnp.asarray(logits, jnp.float32)
+  _, gains = draft_vocabulary.best(given, 2)
+  expected = jax.nn.log_softmax(given - 1e4)
+  expected = -np.sort(-expected, axis=-1)[:, :2]
+  np.testing.assert_allclose(gains, expected, atol=1e-3)
+
+
 def test_a_vocabulary_is_of_the_size_of_its_form():
   check = draft_vocabulary.check
   check(None, None)
