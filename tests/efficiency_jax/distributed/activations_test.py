@@ -18,7 +18,8 @@ CONFIG = fixtures.config(qkv_bias=True, post_norms=True, windows=(None, 5))
 def model():
   apply = transformer.apply_fn(CONFIG, 'blockwise')
   params = transformer.init(CONFIG, jax.random.key(0))
-  tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12) % 11
+  # More rows than a product of few rows has, which is no dot to a policy.
+  tokens = jnp.arange(36, dtype=jnp.int32).reshape(3, 12) % 11
 
   def loss(run):
     one = lambda p: jnp.square(run(p, tokens)[0].logits).mean()
