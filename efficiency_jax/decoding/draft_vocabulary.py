@@ -129,9 +129,8 @@ def best(
 ) -> tuple[jax.Array, jax.Array]:
   """The most likely tokens, best first, and their log-probabilities.
 
-  The latter are as exact as a product of the platform is.
-
-  Both are [..., most]; column j is the token j, or that of a vocabulary.
+  Both are [..., most]; column j is the token j, or that of a vocabulary. The
+  probabilities are as exact as a product of the platform is.
   """
   logits = logits.astype(jnp.float32)
   # Behind the barrier XLA sees one use of it, without which it sorts all.
