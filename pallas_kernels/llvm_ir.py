@@ -15,16 +15,15 @@ except ImportError:  # the extra `cpu`
   binding = ir = None
 
 if ir:
-  i8, i32, i64 = map(ir.IntType, (8, 32, 64))
+  i1, i8, i32, i64 = map(ir.IntType, (1, 8, 32, 64))
   f16, f32 = ir.HalfType(), ir.FloatType()
 else:
-  i8 = i32 = i64 = f16 = f32 = None
+  i1 = i8 = i32 = i64 = f16 = f32 = None
 
 Value = Any  # an ir.Value
 Type = Any  # an ir.Type
 
-# Of a group before the next group, and between asking for a tile and using it.
-_TILES, _AHEAD = 16, 2
+_RUN = 8192  # sums of a run of tiles: a cache holds them
 
 
 # The processor that runs this.
@@ -97,6 +96,20 @@ def carry(
   builder.position_at_end(after)
 
 
+def either(
+  builder, holds: Value, values: Sequence[Value], others: Callable[[], Iterable]
+) -> list[Value]:
+  """`values` where an i1 holds, else those that `others` emits and gives."""
+  before = builder.block
+  with builder.if_then(builder.not_(holds)):
+    changed, inside = list(others()), builder.block
+  joined = [builder.phi(value.type) for value in values]
+  for phi, value, other in zip(joined, values, changed, strict=True):
+    phi.add_incoming(value, before)
+    phi.add_incoming(other, inside)
+  return joined
+
+
 @contextlib.contextmanager
 def count(builder, start, stop, step) -> Iterator[Value]:
   """The body of `for i in range(start, stop, step)`; yields i."""
@@ -116,10 +129,10 @@ def tiles_by_groups(
   """Tiles of sums that grow by one group of an inner axis after another.
 
       group 0   tile 0   tile 1   ...   tile 15
-      group 1   tile 0   ...                      then the next sixteen tiles
+      group 1   tile 0   ...                      then the next run of tiles
 
-  So a matrix is read in runs of sixteen tiles, and the sums stay in a cache.
-  A run is too short for a processor to guess what is read next: `add` is told.
+  So a matrix is read along some of its lines, and the sums stay in a cache. A
+  processor foresees a line, but not where the next one begins: `add` is told.
 
   Args:
     builder: Of the instructions.
@@ -127,47 +140,38 @@ def tiles_by_groups(
     groups: How many there are.
     size: float32 numbers of a tile.
     add: Emits `add(group, tile, sums, later)`; the sums of a tile are on the
-      stack and begin as zeros, and `later` are the group and the tile that will
-      be added two steps later, whose bytes may be asked for now.
+      stack and begin as zeros, and `later` are the group and the tile that come
+      a run later, whose bytes may be asked for now.
     write: Emits `write(tile, sums)` when all groups have been added.
   """
   first, last = share
-  sums = room(builder, _TILES * size)
-  with count(builder, first, last, _TILES) as begin:
-    end = least(builder, builder.add(begin, number(_TILES)), last)
+  tiles = max(1, _RUN // size)
+  sums = room(builder, tiles * size)
+  with count(builder, first, last, tiles) as begin:
+    end = least(builder, builder.add(begin, number(tiles)), last)
 
     def own(tile):
       index = builder.mul(builder.sub(tile, begin), number(size))
       return place(builder, sums, index)
 
-    with count(builder, 0, _TILES * size, lanes()) as i:
+    with count(builder, 0, tiles * size, lanes()) as i:
       store(builder, zeros(), place(builder, sums, i))
-    with (
-      count(builder, 0, groups, 1) as g,
-      count(builder, begin, end, 1) as tile,
-    ):
-      add(
-        g, tile, own(tile), _later(builder, g, groups, tile, (begin, end), last)
-      )
+    with count(builder, 0, groups, 1) as g:
+      after = builder.add(g, number(1))
+      more = builder.icmp_signed('<', after, number(groups))
+      with count(builder, begin, end, 1) as tile:
+        following = least(
+          builder,
+          builder.add(tile, number(tiles)),
+          builder.sub(last, number(1)),
+        )
+        later = (
+          builder.select(more, after, number(0)),
+          builder.select(more, tile, following),
+        )
+        add(g, tile, own(tile), later)
     with count(builder, begin, end, 1) as tile:
       write(tile, own(tile))
-
-
-def _later(builder, g, groups: int, tile, run, last) -> tuple[Value, Value]:
-  """The group and the tile some steps later, which may be of the next run."""
-  begin, end = run
-  size = builder.sub(end, begin)
-  step = builder.add(builder.mul(g, size), builder.sub(tile, begin))
-  step = builder.add(step, number(_AHEAD))
-  group, place = builder.udiv(step, size), builder.urem(step, size)
-  here = builder.icmp_signed('<', group, number(groups))
-  following = least(
-    builder, builder.add(end, place), builder.sub(last, number(1))
-  )
-  return (
-    builder.select(here, group, number(0)),
-    builder.select(here, builder.add(begin, place), following),
-  )
 
 
 # Numbers and vectors. A vector has as many numbers as a register has of
@@ -221,6 +225,11 @@ def ramp(builder, start: Value) -> Value:
   steps = ir.Constant(vector_of(i32), list(range(lanes())))
   start = spread(builder, builder.trunc(start, i32))
   return builder.add(start, steps)
+
+
+def first(size: int) -> Value:
+  """A vector of i1 that is true for the first numbers of a vector."""
+  return ir.Constant(vector_of(i1), [i < size for i in range(lanes())])
 
 
 def shuffle(builder, a: Value, b: Value, order: Sequence[int]) -> Value:
@@ -302,10 +311,7 @@ def load_bytes(builder, address: Value) -> Value:
 
 def load_first(builder, address: Value, size: int, kind: Type = f32) -> Value:
   """The first numbers of a vector, then zeros; nothing beyond them is read."""
-  mask = ir.Constant(
-    vector_of(ir.IntType(1)), [i < size for i in range(lanes())]
-  )
-  args = address, constant(1, i32), mask, zeros(kind)
+  args = address, constant(1, i32), first(size), zeros(kind)
   name = f'masked.load.{_suffix(vector_of(kind))}.p0'
   return _call(builder, name, vector_of(kind), args)
 
@@ -348,64 +354,89 @@ def total(builder, vector: Value) -> Value:
 
 
 def totals(builder, vectors: Sequence[Value]) -> Value:
-  """The sums of as many vectors as one has lanes, as a vector in their order.
+  """The sums of vectors, a power of two of them, as a vector in their order.
 
-  Neighbours are added in each step, so that two vectors become one:
+  Fewer than a vector has lanes are repeated. Neighbours are added in each step,
+  so that two vectors become one:
 
       a0 a1 a2 a3   b0 b1 b2 b3   ->   a0+a1 a2+a3 b0+b1 b2+b3
   """
-  while len(vectors) > 1:
-    pairs = zip(vectors[::2], vectors[1::2], strict=True)
-    vectors = [_neighbours(builder, a, b) for a, b in pairs]
+  add = builder.fadd if vectors[0].type.element == f32 else builder.add
+  return _reduced(builder, vectors, add)
+
+
+def maxima(builder, vectors: Sequence[Value]) -> Value:
+  """The largest numbers of vectors of float32, as `totals` has the sums."""
+  return _reduced(builder, vectors, lambda a, b: larger(builder, a, b))
+
+
+def _reduced(builder, vectors, operation) -> Value:
+  for _ in range(lanes().bit_length() - 1):
+    firsts, seconds = vectors[::2], vectors[1::2] or vectors
+    vectors = [
+      operation(*_neighbours(builder, a, b))
+      for a, b in zip(firsts, seconds, strict=True)
+    ]
   return vectors[0]
 
 
-def _neighbours(builder, a: Value, b: Value) -> Value:
-  even, odd = (shuffle(builder, a, b, range(i, 2 * lanes(), 2)) for i in (0, 1))
-  add = builder.fadd if a.type.element == f32 else builder.add
-  return add(even, odd)
+def _neighbours(builder, a: Value, b: Value) -> Iterator[Value]:
+  """The first of each two neighbours in two vectors, and the second of each."""
+  for i in (0, 1):
+    yield shuffle(builder, a, b, range(i, 2 * lanes(), 2))
 
 
-# e^x = 2^n e^r, |r| <= log(2) / 2; log(2) is subtracted in two parts, of which
-# the first has few digits, and e^r - 1 - r is r^2 times a polynomial (Cephes).
-_LOG2 = (0.693359375, -2.12194440e-4)
-_EXP = (
-  1.9875691500e-4,
-  1.3981999507e-3,
-  8.3334519073e-3,
-  4.1665795894e-2,
-  1.6666665459e-1,
-  5.0000001201e-1,
+def larger(builder, a: Value, b: Value) -> Value:
+  """The larger ones of two vectors' numbers; those of b where a is NaN."""
+  return builder.select(builder.fcmp_ordered('>', a, b), a, b)
+
+
+# 2^x = 2^n 2^r, |r| <= 1/2: of the polynomials of r of degree 6 that are 1 at
+# 0, the one with the least largest relative error (2e-9).
+_EXP2 = (
+  1.5353361959569156e-4,
+  1.3398875016719103e-3,
+  9.61843691766262e-3,
+  5.5503323674201965e-2,
+  2.4022647738456726e-1,
+  6.931471824645996e-1,
+  1.0,
 )
-_EXP_LEAST = -87.33  # below, float32 would have less than its digits
+_EXP2_LEAST = -126.0  # below, float32 would have less than its digits
 
 
-def exp(builder, x: Value) -> Value:
-  """e^x of a vector of numbers that are at most 0, within 2 units.
+def exp2(builder, x: Value) -> Value:
+  """2^x of a vector of numbers that are at most 0, within one unit.
 
-  It is 0 below -87.33, as for -inf, and NaN for NaN.
+  It is 0 below -126, as for -inf, and NaN for NaN.
   """
   every = lambda value: spread(builder, constant(value))
-  small = builder.fcmp_ordered('<', x, every(_EXP_LEAST))
-  x = builder.select(small, every(_EXP_LEAST), x)
-  # NaN is no integer.
-  finite = builder.select(builder.fcmp_ordered('==', x, x), x, zeros())
-  n = apply(builder, 'rint', builder.fmul(finite, every(1.4426950408889634)))
-  for part in _LOG2:
-    x = apply(builder, 'fma', n, every(-part), x)
-  first, *others = map(every, _EXP)
-  polynomial = first
+  n = apply(builder, 'rint', x)
+  r = builder.fsub(x, n)
+  first, *others = map(every, _EXP2)
+  y = first
   for coefficient in others:
-    polynomial = apply(builder, 'fma', polynomial, x, coefficient)
-  square = builder.fmul(x, x)
-  y = apply(builder, 'fma', polynomial, square, x)
-  y = builder.fadd(y, every(1.0))
-  # The bits of 2^n.
+    y = apply(builder, 'fma', y, r, coefficient)
+  # Neither smaller nor unordered.
+  kept = builder.fcmp_unordered('>=', x, every(_EXP2_LEAST))
+  if lanes() == 16:
+    return _scaled(builder, y, n, kept)
+  # The bits of 2^n; NaN is no integer.
+  n = builder.select(builder.fcmp_ordered('>=', n, every(-126.0)), n, zeros())
   exponent = builder.fptosi(n, vector_of(i32))
   exponent = builder.add(exponent, spread(builder, constant(127, i32)))
   exponent = builder.shl(exponent, spread(builder, constant(23, i32)))
   y = builder.fmul(y, builder.bitcast(exponent, vector_of()))
-  return builder.select(small, zeros(), y)
+  return builder.select(kept, y, zeros())
+
+
+def _scaled(builder, y: Value, n: Value, kept: Value) -> Value:
+  """y 2^n where `kept`, else 0; VSCALEFPS of AVX-512."""
+  current_rounding = constant(4, i32)
+  kept = builder.bitcast(kept, ir.IntType(16))
+  args = y, n, zeros(), kept, current_rounding
+  name = 'x86.avx512.mask.scalef.ps.512'
+  return _call(builder, name, vector_of(), args)
 
 
 def dot4(builder, sums: Value, unsigned: Value, signed: Value) -> Value:

@@ -11,14 +11,14 @@ keys, which it turns once so that a vector holds one number of sixteen keys, it
 takes six queries at a time: their 6 x 64 scores are sums in 24 registers, and
 so are 6 x 64 numbers of their outputs. What is kept from tile to tile are the
 largest score m, the sum l and the output o of every query (arXiv 2205.14135,
-algorithm 1):
+algorithm 1), with scores in units of log 2:
 
-    m' = max(m, max_j s_j)          p_j = exp(s_j - m')
-    l' = l exp(m - m') + sum_j p_j
-    o' = o exp(m - m') + sum_j p_j v_j
+    m' = max(m, max_j s_j)          p_j = 2^(s_j - m')
+    l' = l 2^(m - m') + sum_j p_j
+    o' = o 2^(m - m') + sum_j p_j v_j
 
-Queries that see nothing of a tile skip it, and values that none of the six sees
-are not read. The backward pass is that of `blockwise`.
+Queries that see nothing of a tile skip it, values that none of the six sees are
+not read, and only tiles at an edge are masked. The backward pass is beside it.
 """
 
 import math
@@ -31,27 +31,11 @@ from pallas_kernels import llvm_cpu
 from pallas_kernels import llvm_ir as ll
 from pallas_kernels import masks
 from pallas_kernels.attention import blockwise
+from pallas_kernels.attention import llvm_cpu_backward
+from pallas_kernels.attention import llvm_cpu_tiles as tiles
 
-QUERIES, KEYS = 96, 64  # of a part, and of a tile
-_ROWS = 6  # queries at a time
+QUERIES = 96  # of a part
 _WIDEST = 512
-
-
-class _Sizes(NamedTuple):
-  """The static part of the work."""
-
-  q_size: int
-  kv_size: int
-  heads: int
-  kv_heads: int
-  width: int
-  v_width: int
-  scale: float
-
-  @property
-  def tiles(self) -> int:
-    """Parts of a head of a row."""
-    return -(-self.q_size // QUERIES)
 
 
 def forward(
@@ -67,33 +51,26 @@ def forward(
     NotImplementedError: As `check` does.
   """
   check(rule, q, k, v, limits)
-  batch, q_size, heads, width = q.shape
-  kv_size, kv_heads, v_width = v.shape[1:]
-  sizes = _Sizes(
-    *(q_size, kv_size, heads, kv_heads, width, v_width), scale=rule.scale
-  )
-  each = jnp.arange(q_size, dtype=jnp.int32)
-  row = lambda x: x.astype(jnp.int32)[:, None]
-  bounds = masks.keys_of(
-    rule, row(limits.offset), row(limits.kv_length), each, each, kv_size
-  )
-  bounds = (jnp.broadcast_to(x, (batch, q_size)) for x in bounds)
+  batch, q_size, heads, _ = q.shape
+  sizes = tiles.sizes(rule, q, v)
+  bounds = tiles.bounds(rule, limits, sizes, batch)
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
   out, largest, total = llvm_cpu.call(
     _emit,
     sizes,
     (q, k, v, *bounds),
     (
-      shape(batch, q_size, heads, v_width),
+      shape(batch, q_size, heads, v.shape[3]),
       shape(batch, heads, q_size),
       shape(batch, heads, q_size),
     ),
-    parts=batch * heads * sizes.tiles,
+    parts=batch * heads * _count(sizes),
   )
-  return out, jnp.where(total == 0, -jnp.inf, largest + jnp.log(total))
+  lse = math.log(2) * (largest + jnp.log2(total))
+  return out, jnp.where(total == 0, -jnp.inf, lse)
 
 
-attention = blockwise.differentiable(forward)
+attention = blockwise.differentiable(forward, llvm_cpu_backward.backward)
 
 
 def check(rule: masks.Rule, q, k, v, limits: masks.Limits) -> None:
@@ -127,101 +104,80 @@ def check(rule: masks.Rule, q, k, v, limits: masks.Limits) -> None:
 class _State(NamedTuple):
   """What is kept of the queries of a part, on the stack."""
 
-  largest: Any  # [QUERIES]
+  q: Any  # [QUERIES, D], scaled
+  largest: Any  # [QUERIES + lanes]: a vector begins at each
   total: Any  # [QUERIES, lanes], to be summed up at the end
   out: Any  # [QUERIES, Dv]
 
 
-class _Part(NamedTuple):
-  """A head of a row: which one, and addresses of its query, key and value 0."""
-
-  row: Any
-  line: Any  # the head, counted over all rows
-  q: Any
-  k: Any
-  v: Any
+def _count(z: tiles.Sizes) -> int:
+  """Parts of a head of a row."""
+  return -(-z.q_size // QUERIES)
 
 
-def _emit(builder, z: _Sizes, pointers, part) -> None:
+def _emit(builder, z: tiles.Sizes, pointers, part) -> None:
   """Some queries of one head of one row."""
   q, k, v, low, high, out, largest, total = pointers
-  line = builder.sdiv(part, ll.number(z.tiles))
-  row = builder.sdiv(line, ll.number(z.heads))
-  head = builder.srem(line, ll.number(z.heads))
-  kv_head = builder.sdiv(head, ll.number(z.heads // z.kv_heads))
-
-  def first(base, size, heads, head, width):
-    index = ll.index(builder, builder.mul(row, ll.number(size)), heads, head)
-    return ll.place(builder, base, builder.mul(index, ll.number(width)))
-
-  mine = _Part(
-    row,
-    line,
-    first(q, z.q_size, z.heads, head, z.width),
-    first(k, z.kv_size, z.kv_heads, kv_head, z.width),
-    first(v, z.kv_size, z.kv_heads, kv_head, z.v_width),
-  )
-  begin = builder.mul(
-    builder.srem(part, ll.number(z.tiles)), ll.number(QUERIES)
-  )
+  count = ll.number(_count(z))
+  mine = tiles.head_of(builder, z, builder.sdiv(part, count))
+  begin = builder.mul(builder.srem(part, count), ll.number(QUERIES))
   end = ll.least(
     builder, builder.add(begin, ll.number(QUERIES)), ll.number(z.q_size)
   )
   state = _State(
-    ll.room(builder, QUERIES),
+    ll.room(builder, QUERIES * z.width),
+    ll.room(builder, QUERIES + ll.lanes()),
     ll.room(builder, QUERIES * ll.lanes()),
     ll.room(builder, QUERIES * z.v_width),
   )
-  turned = ll.room(builder, z.width * KEYS)
-  weights = ll.room(builder, _ROWS * KEYS)
-  _begin(builder, z, state)
-
-  def bounds(i):
-    index = ll.index(builder, row, z.q_size, i)
-    return tuple(ll.load_index(builder, base, index) for base in (low, high))
-
-  nowhere = ll.number(z.kv_size), ll.number(0)
-  with ll.carry(builder, begin, end, 1, nowhere) as (i, span, keep):
-    keep(_joined(builder, span, bounds(i)))
-  least, most = span
-  least = builder.sub(least, builder.srem(least, ll.number(KEYS)))
-  with ll.count(builder, least, most, KEYS) as tile:
-    _turn(builder, z, mine, tile, turned)
-    with ll.count(builder, begin, end, _ROWS) as some:
-      last = builder.sub(end, ll.number(1))
+  turned = ll.room(builder, z.width * tiles.KEYS)
+  weights = ll.room(builder, tiles.ROWS * tiles.KEYS)
+  numbers = ll.room(builder, 2 * ll.lanes())
+  q = tiles.queries(builder, z, mine, q, z.width)
+  k = tiles.keys(builder, z, mine, k, z.width)
+  v = tiles.keys(builder, z, mine, v, z.v_width)
+  out = tiles.queries(builder, z, mine, out, z.v_width)
+  span_of = tiles.spans(builder, z, mine, low, high)
+  _begin(builder, z, q, state, (begin, end))
+  first, last = tiles.seen_by(builder, z, (begin, end), span_of)
+  first = builder.sub(first, builder.srem(first, ll.number(tiles.KEYS)))
+  with ll.count(builder, first, last, tiles.KEYS) as tile:
+    span = tile, builder.add(tile, ll.number(tiles.KEYS))
+    tiles.turn(builder, z, k, z.width, tile, turned)
+    with ll.count(builder, begin, end, tiles.ROWS) as some:
       # What fills up the last six is not written down.
-      queries = [
-        ll.least(builder, builder.add(some, ll.number(n)), last)
-        for n in range(_ROWS)
-      ]
-      spans = [bounds(i) for i in queries]
-      span = tile, builder.add(tile, ll.number(KEYS))
-      seen = spans[0]
-      for one in spans[1:]:
-        seen = _joined(builder, seen, one)
-      seen = (
-        ll.most(builder, seen[0], span[0]),
-        ll.least(builder, seen[1], span[1]),
-      )
+      last = builder.sub(end, ll.number(1))
+      six = (builder.add(some, ll.number(n)) for n in range(tiles.ROWS))
+      spans = [span_of(ll.least(builder, i, last)) for i in six]
+      seen = tiles.common(builder, tiles.joined(builder, spans), span)
       own = _of(builder, z, state, builder.sub(some, begin))
       with builder.if_then(builder.icmp_signed('<', *seen)):
-        scores = _scores(builder, z, mine, queries, spans, tile, turned)
-        shrinks = _weigh(builder, scores, own, weights)
-        _add_values(builder, z, mine, seen, tile, own, weights, shrinks)
+        scores = tiles.product(builder, own.q, z.width, turned)
+        scores = tiles.masked(builder, scores, spans, span, -math.inf)
+        shrinks = _weigh(builder, scores, own, weights, numbers)
+        _add_values(builder, z, v, seen, tile, own, weights, shrinks)
   with ll.count(builder, begin, end, 1) as i:
     own = _of(builder, z, state, builder.sub(i, begin))
-    index = ll.index(builder, line, z.q_size, i)
+    index = ll.index(builder, mine.line, z.q_size, i)
     at = [ll.place(builder, base, index) for base in (largest, total)]
-    index = ll.index(
-      builder, ll.index(builder, row, z.q_size, i), z.heads, head
-    )
-    index = builder.mul(index, ll.number(z.v_width))
+    index = builder.mul(i, ll.number(z.heads * z.v_width))
     _finish(builder, z, own, *at, ll.place(builder, out, index))
 
 
-def _begin(builder, z, state: _State) -> None:
+def _begin(builder, z, q, state: _State, span) -> None:
+  """The queries of a span, scaled, and the state before any key."""
+  begin, end = span
+  last = builder.sub(end, ll.number(1))
+  scale = ll.spread(builder, ll.constant(z.scale))
   with ll.count(builder, 0, QUERIES, 1) as i:
     own = _of(builder, z, state, i)
+    # What fills up the last six is not written down.
+    line = ll.least(builder, builder.add(begin, i), last)
+    line = builder.mul(line, ll.number(z.heads * z.width))
+    with ll.count(builder, 0, z.width, ll.lanes()) as d:
+      place = ll.place(builder, q, builder.add(line, d))
+      value = builder.fmul(ll.load_vector(builder, place), scale)
+      ll.store(builder, value, ll.place(builder, own.q, d))
     ll.store(builder, ll.constant(-math.inf), own.largest)
     ll.store(builder, ll.zeros(), own.total)
     for n in range(0, z.v_width, ll.lanes()):
@@ -242,147 +198,64 @@ def _finish(builder, z, own: _State, largest, total, out) -> None:
     ll.store(builder, value, ll.place(builder, out, n))
 
 
-def _turn(builder, z, mine: _Part, tile, turned) -> None:
-  """The keys of a tile, [D, KEYS]; those beyond the end are the last one."""
-  lanes = ll.lanes()
-  with ll.count(builder, 0, KEYS, lanes) as j:
-    lines = []
-    for n in range(lanes):
-      key = builder.add(builder.add(tile, j), ll.number(n))
-      key = ll.least(builder, key, ll.number(z.kv_size - 1))
-      lines.append(builder.mul(key, ll.number(z.kv_heads * z.width)))
-    with ll.count(builder, 0, z.width, lanes) as d:
-      block = [
-        ll.load_vector(builder, ll.place(builder, mine.k, builder.add(line, d)))
-        for line in lines
-      ]
-      for n, vector in enumerate(ll.transposed(builder, block)):
-        index = builder.mul(builder.add(d, ll.number(n)), ll.number(KEYS))
-        ll.store(
-          builder, vector, ll.place(builder, turned, builder.add(index, j))
-        )
-
-
-def _scores(builder, z, mine: _Part, queries, spans, tile, turned):
-  """Scores of six queries and a tile of keys, -inf outside of their spans."""
-  lines = [
-    ll.place(builder, mine.q, builder.mul(i, ll.number(z.heads * z.width)))
-    for i in queries
-  ]
-  rows = [[] for _ in queries]
-  for part in ll.groups(KEYS // ll.lanes(), _columns()):
-    zeros = [ll.zeros()] * (len(part) * len(queries))
-    with ll.carry(builder, 0, z.width, 1, zeros) as (d, sums, keep):
-      index = builder.mul(d, ll.number(KEYS))
-      keys = _vectors(builder, ll.place(builder, turned, index), part)
-      keep(
-        _added(builder, [ll.place(builder, x, d) for x in lines], keys, sums)
-      )
-    for row in rows:
-      row += sums[: len(part)]
-      sums = sums[len(part) :]
-  scale = ll.spread(builder, ll.constant(z.scale))
-  hidden = ll.spread(builder, ll.constant(-math.inf))
-  places = [
-    ll.ramp(builder, builder.add(tile, ll.number(n)))
-    for n in range(0, KEYS, ll.lanes())
-  ]
-  edge = lambda x: ll.spread(builder, builder.trunc(x, ll.i32))
-  for row, (low, high) in zip(rows, spans, strict=True):
-    low, high = edge(low), edge(high)
-    for n, place in enumerate(places):
-      seen = builder.and_(
-        builder.icmp_signed('>=', place, low),
-        builder.icmp_signed('<', place, high),
-      )
-      score = builder.fmul(row[n], scale)
-      row[n] = builder.select(seen, score, hidden)
-  return rows
-
-
-def _weigh(builder, scores, own: _State, weights) -> list:
+def _weigh(builder, scores, own: _State, weights, numbers) -> list:
   """Writes weights of the scores, and counts them; what the old ones shrink by.
 
-  `own` is of the first of the queries.
+  `own` is of the first of the queries, and `numbers` is room for two vectors.
   """
+  old = ll.load_vector(builder, own.largest)
+  rows = []
+  for row in scores:
+    largest, *others = row
+    for vector in others:
+      largest = ll.larger(builder, vector, largest)
+    rows.append(largest)
+  rows += rows[-1:] * (8 - len(rows))
+  largest = ll.larger(builder, ll.maxima(builder, rows), old)
+  ll.store_where(builder, largest, own.largest, ll.first(tiles.ROWS))
+  # A query that has seen nothing yet has -inf: its weights must be 0.
+  hidden = ll.spread(builder, ll.constant(-math.inf))
+  nothing = builder.fcmp_ordered('==', largest, hidden)
+  largest = builder.select(nothing, ll.zeros(), largest)
+  shrink = ll.exp2(builder, builder.fsub(old, largest))
+  apart = ll.place(builder, numbers, ll.lanes())
+  ll.store(builder, largest, numbers)
+  ll.store(builder, shrink, apart)
   shrinks = []
   for n, row in enumerate(scores):
-    at = ll.place(builder, own.largest, n)
-    old = ll.load(builder, at)
-    largest = row[0]
-    for vector in row[1:]:
-      largest = ll.apply(builder, 'maxnum', largest, vector)
-    largest = ll.apply(builder, 'vector.reduce.fmax', largest)
-    largest = ll.apply(builder, 'maxnum', old, largest)
-    ll.store(builder, largest, at)
-    # A query that has seen nothing yet has -inf: its weights must be 0.
-    nothing = builder.fcmp_ordered('==', largest, ll.constant(-math.inf))
-    largest = builder.select(nothing, ll.constant(0.0), largest)
-    largest = ll.spread(builder, largest)
-    shrink = builder.fsub(ll.spread(builder, old), largest)
-    shrinks.append(ll.exp(builder, shrink))
+    largest, shrink = (
+      ll.spread(builder, ll.load(builder, ll.place(builder, base, n)))
+      for base in (numbers, apart)
+    )
     at = ll.place(builder, own.total, n * ll.lanes())
-    total = builder.fmul(ll.load_vector(builder, at), shrinks[-1])
+    total = builder.fmul(ll.load_vector(builder, at), shrink)
     for i, vector in enumerate(row):
-      weight = ll.exp(builder, builder.fsub(vector, largest))
+      weight = ll.exp2(builder, builder.fsub(vector, largest))
       total = builder.fadd(total, weight)
-      place = ll.place(builder, weights, n * KEYS + i * ll.lanes())
+      place = ll.place(builder, weights, n * tiles.KEYS + i * ll.lanes())
       ll.store(builder, weight, place)
     ll.store(builder, total, at)
+    shrinks.append(shrink)
   return shrinks
 
 
 def _add_values(
-  builder, z, mine: _Part, seen, tile, own: _State, weights, shrinks
+  builder, z, v, seen, tile, own: _State, weights, shrinks
 ) -> None:
   """Adds the weighted values of the keys that any of the queries sees."""
-  for part in ll.groups(z.v_width // ll.lanes(), _columns()):
+  for part in ll.groups(z.v_width // ll.lanes(), tiles.columns()):
     places = [
       ll.place(builder, own.out, n * z.v_width + i * ll.lanes())
-      for n in range(_ROWS)
+      for n in range(tiles.ROWS)
       for i in part
     ]
     old = [ll.load_vector(builder, place) for place in places]
     old = [builder.fmul(x, shrinks[n // len(part)]) for n, x in enumerate(old)]
-    with ll.carry(builder, *seen, 1, old) as (j, sums, keep):
-      line = builder.mul(j, ll.number(z.kv_heads * z.v_width))
-      values = _vectors(builder, ll.place(builder, mine.v, line), part)
-      near = builder.sub(j, tile)
-      lines = [
-        ll.place(builder, weights, builder.add(near, ll.number(n * KEYS)))
-        for n in range(_ROWS)
-      ]
-      keep(_added(builder, lines, values, sums))
+    sums = tiles.weighted(
+      builder, z, v, z.v_width, part, seen, tile, weights, old
+    )
     for place, vector in zip(places, sums, strict=True):
       ll.store(builder, vector, place)
-
-
-def _columns() -> int:
-  """Vectors at a time, so that six rows of them are sums in registers."""
-  return 4 if ll.registers() == 32 else 2
-
-
-def _vectors(builder, base, part: range) -> list:
-  return [
-    ll.load_vector(builder, ll.place(builder, base, i * ll.lanes()))
-    for i in part
-  ]
-
-
-def _added(builder, places, vectors, sums) -> list:
-  """The sums of rows, to which numbers times vectors are added."""
-  new = []
-  for n, place in enumerate(places):
-    value = ll.spread(builder, ll.load(builder, place))
-    for i, vector in enumerate(vectors):
-      total = sums[n * len(vectors) + i]
-      new.append(ll.apply(builder, 'fma', value, vector, total))
-  return new
-
-
-def _joined(builder, a, b) -> tuple:
-  """The span from the first of two spans' beginnings to the last of ends."""
-  return ll.least(builder, a[0], b[0]), ll.most(builder, a[1], b[1])
 
 
 def _of(builder, z, state: _State, i) -> _State:
@@ -391,5 +264,8 @@ def _of(builder, z, state: _State, i) -> _State:
     builder, base, builder.mul(i, ll.number(size))
   )
   return _State(
-    at(state.largest, 1), at(state.total, ll.lanes()), at(state.out, z.v_width)
+    at(state.q, z.width),
+    at(state.largest, 1),
+    at(state.total, ll.lanes()),
+    at(state.out, z.v_width),
   )

@@ -11,13 +11,13 @@ A part of the work is one head of one row. It goes over the slots in blocks that
 stay in the first cache of a core, and in a block over the queries: sixteen
 scores become one vector, the running maximum m and sum l grow with the block,
 
-    p = exp(s - m'),  l' = l exp(m - m') + sum p,  out' = out exp(m - m') + p v
+    p = 2^(s - m'),  l' = l 2^(m - m') + sum p,  out' = out 2^(m - m') + p v
 
-and out is divided by l at the end. Blocks begin at the same slots for every
-query and what a query does not see is skipped or weighs 0, so **the bits of its
-result do not depend on how many other queries there are**: text that is
-verified several tokens at a time meets the roundings of text that is decoded
-one by one.
+with scores in units of log 2, and out is divided by l at the end. Blocks begin
+at the same slots for every query and what a query does not see is skipped or
+weighs 0, so **the bits of its result do not depend on how many other queries
+there are**: text that is verified several tokens at a time meets the roundings
+of text that is decoded one by one.
 """
 
 import math
@@ -70,7 +70,7 @@ def attention(
     *(time, heads, kv_heads, slots, width, v_width),
     int8=k_scales is not None,
     tree=limits.ancestors is not None,
-    scale=rule.scale,
+    scale=rule.scale / math.log(2),
     block=BLOCK,
   )
   numbers = (limits.offset, *_bounds(rule, limits, time, slots))
@@ -88,7 +88,8 @@ def attention(
     (shape((batch, time, heads, v_width), jnp.float32), statistic, statistic),
     parts=batch * heads,
   )
-  return out, jnp.where(total == 0, -jnp.inf, largest + jnp.log(total))
+  lse = math.log(2) * (largest + jnp.log2(total))
+  return out, jnp.where(total == 0, -jnp.inf, lse)
 
 
 def check(rule: masks.Rule, splits: int | None, q, k, v) -> None:
@@ -263,7 +264,7 @@ def _read(builder, z, keys, query, where, scores) -> None:
   if z.tree:
     _hide(builder, z, query, start, (first, most), near)
   old, new = _maximum(builder, query, (first, most), near)
-  shrink = ll.exp(builder, builder.fsub(old, new))
+  shrink = ll.exp2(builder, builder.fsub(old, new))
   _weigh(builder, z, keys, query, (first, most), near, new, shrink)
   _add_values(builder, z, keys, query, (least, most), near, shrink)
 
@@ -305,7 +306,7 @@ def _weigh(builder, z, keys, query, span, near, largest, shrink) -> None:
   steps = ll.carry(builder, *span, ll.lanes(), [total])
   with steps as (slot, (total,), keep):
     score = ll.load_vector(builder, near(slot))
-    weight = ll.exp(builder, builder.fsub(score, largest))
+    weight = ll.exp2(builder, builder.fsub(score, largest))
     keep([builder.fadd(total, weight)])
     if z.int8:
       scale = ll.load_vector(builder, ll.place(builder, keys.v_scales, slot))

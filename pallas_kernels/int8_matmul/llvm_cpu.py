@@ -38,7 +38,9 @@ _MOST_BLOCK = 2**13
 _ROWS = 6  # at a time: 24 registers of sums
 _COLUMNS = 64  # of a tile
 _DEPTH = 4  # numbers that one instruction multiplies
-_BLOCK = 128  # rows of w of a tile, where they need not be those of a group
+# Rows of w of a tile, where they need not be those of a group. Few rows of x
+# wait for memory, which many lines at once slow down, more for their sums.
+_BLOCK_OF_FEW, _BLOCK = 16, 32
 
 
 class _Product(NamedTuple):
@@ -62,7 +64,11 @@ class _Product(NamedTuple):
   @property
   def block(self) -> int:
     """Rows of w that are multiplied at a time: a group, or part of the one."""
-    return self.group if self.groups > 1 else math.gcd(self.inner, _BLOCK)
+    if self.groups > 1:
+      return self.group
+    # Rows of bytes with two values are interleaved over 32 rows of w.
+    few = self.rows <= _ROWS and not self.packed
+    return math.gcd(self.inner, _BLOCK_OF_FEW if few else _BLOCK)
 
   @property
   def depth(self) -> int:

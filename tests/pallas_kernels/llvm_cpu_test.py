@@ -30,11 +30,11 @@ def _emit_sum(builder, width, pointers, part):
   ll.store(builder, total, ll.place(builder, out, part))
 
 
-def _emit_exp(builder, size, pointers, part):
+def _emit_exp2(builder, size, pointers, part):
   x, out = pointers
   with ll.count(builder, 0, size, ll.lanes()) as i:
     value = ll.load_vector(builder, ll.place(builder, x, i))
-    ll.store(builder, ll.exp(builder, value), ll.place(builder, out, i))
+    ll.store(builder, ll.exp2(builder, value), ll.place(builder, out, i))
 
 
 def _emit_totals(builder, size, pointers, part):
@@ -44,6 +44,26 @@ def _emit_totals(builder, size, pointers, part):
     for i in range(ll.lanes())
   ]
   ll.store(builder, ll.totals(builder, rows), out)
+
+
+def _emit_maxima(builder, rows, pointers, part):
+  x, out = pointers
+  rows = [
+    ll.load_vector(builder, ll.place(builder, x, i * ll.lanes()))
+    for i in range(rows)
+  ]
+  ll.store(builder, ll.maxima(builder, rows), out)
+
+
+def _emit_either(builder, static, pointers, part):
+  """out[part] is |x[part]|."""
+  x, out = (ll.place(builder, base, part) for base in pointers)
+  value = ll.load(builder, x)
+  positive = builder.fcmp_ordered('>', value, ll.constant(0.0))
+  (value,) = ll.either(
+    builder, positive, [value], lambda: [builder.fneg(value)]
+  )
+  ll.store(builder, value, out)
 
 
 def _emit_transposed(builder, size, pointers, part):
@@ -78,15 +98,15 @@ def _rows(parts, width=64):
   return x
 
 
-def test_exp_is_right_within_two_units():
-  x = -np.geomspace(1e-8, 87.3, 4096, dtype=np.float32)
-  special = [0, -87.4, -1e30, -np.inf, np.nan] + [0] * 11
+def test_exp2_is_right_within_one_unit():
+  x = -np.geomspace(1e-8, 126, 4096, dtype=np.float32)
+  special = [0, -126.1, -1e30, -np.inf, np.nan] + [0] * 11
   x = np.concatenate([x, np.asarray(special, np.float32)])
   result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-  found = llvm_cpu.call(_emit_exp, x.size, (x,), result, parts=1)
-  exact = np.exp(x[:4096].astype(np.float64))
+  found = llvm_cpu.call(_emit_exp2, x.size, (x,), result, parts=1)
+  exact = np.exp2(x[:4096].astype(np.float64))
   unit = np.spacing(exact.astype(np.float32))
-  assert (np.abs(found[:4096] - exact) <= 2 * unit).all()
+  assert (np.abs(found[:4096] - exact) <= unit).all()
   np.testing.assert_array_equal(found[4096:4101], [1, 0, 0, 0, np.nan])
 
 
@@ -96,6 +116,22 @@ def test_totals_are_the_sums_of_vectors_in_order():
   result = jax.ShapeDtypeStruct((lanes,), jnp.float32)
   found = llvm_cpu.call(_emit_totals, None, (x,), result, parts=1)
   np.testing.assert_array_equal(found, x.sum(1))
+
+
+@pytest.mark.parametrize('rows', [1, 4, 8])
+def test_maxima_are_those_of_vectors_in_order(rows):
+  lanes = ll.lanes()
+  x = np.random.default_rng(rows).standard_normal((rows, lanes), np.float32)
+  result = jax.ShapeDtypeStruct((lanes,), jnp.float32)
+  found = llvm_cpu.call(_emit_maxima, rows, (x,), result, parts=1)
+  np.testing.assert_array_equal(found[:rows], x.max(1))
+
+
+def test_values_are_changed_where_a_condition_fails():
+  x = np.asarray([-2, 3], np.float32)
+  result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+  found = llvm_cpu.call(_emit_either, None, (x,), result, parts=2)
+  np.testing.assert_array_equal(found, [2, 3])
 
 
 def test_vectors_are_transposed():

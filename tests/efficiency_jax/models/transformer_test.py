@@ -179,9 +179,9 @@ def test_rolling_back_forgets(name):
 def test_the_first_layers_use_and_keep_the_cache_of_the_whole():
   config = _CONFIGS['every']
   params, short = fixtures.params(config), config.truncated(1)
-  apply = transformer.apply_fn(short)
+  apply = jax.jit(transformer.apply_fn(short))
   cache = kv_cache.init(config, 2, 16)
-  output, cache = jax.jit(apply)(params, jnp.asarray(_TOKENS), cache)
+  output, cache = apply(params, jnp.asarray(_TOKENS), cache)
   assert len(cache.keys) == config.num_layers
   assert not np.asarray(cache.keys[1]).any()
   alone, _ = apply(params, jnp.asarray(_TOKENS))
@@ -269,7 +269,8 @@ def test_every_implementation_of_attention_gives_the_same_logits():
 def test_a_tree_of_tokens_gives_what_each_path_gives(name):
   """Windows and rotary positions follow the depth in the tree."""
   config = _CONFIGS[name]
-  apply, params = transformer.apply_fn(config), fixtures.params(config)
+  apply = jax.jit(transformer.apply_fn(config))
+  params = fixtures.params(config)
   parents = (-1, 0, 0, 1, 1, 2, 4)
   ancestors = np.eye(7, dtype=bool)
   for node, parent in enumerate(parents[1:], 1):
@@ -296,7 +297,8 @@ def test_a_tree_of_tokens_gives_what_each_path_gives(name):
 @pytest.mark.parametrize('name', list(_CONFIGS))
 def test_segments_are_sequences_of_their_own(name):
   config = _CONFIGS[name]
-  apply, params = transformer.apply_fn(config), fixtures.params(config)
+  apply = jax.jit(transformer.apply_fn(config))
+  params = fixtures.params(config)
   segments = np.array([[1] * 5 + [2] * 7, [3] * 1 + [1] * 8 + [0] * 3])
   output, _ = apply(
     params, jnp.asarray(_TOKENS), segments=jnp.asarray(segments)
@@ -321,7 +323,7 @@ def test_segments_are_sequences_of_their_own(name):
 def test_the_parts_in_their_order_are_the_model(config):
   params = fixtures.params(config)
   tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 7)))
-  output, _ = transformer.apply_fn(config)(params, tokens)
+  output, _ = jax.jit(transformer.apply_fn(config))(params, tokens)
   x = transformer.embed_fn(config)(params, tokens)
   for layer in range(config.num_layers):
     x = transformer.block_fn(config, layer)(params[f'layers_{layer}'], x)

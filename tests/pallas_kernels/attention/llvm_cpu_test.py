@@ -48,6 +48,16 @@ def test_both_outputs_and_the_gradients_of_both(case):
     assert cases.error(mine, right) < 3e-5
 
 
+def test_gradients_are_the_same_in_every_call():
+  arrays, options = cases.make(
+    sizes=(300, 200), heads=(6, 3), widths=(32, 16), causal=True
+  )
+  gradients = jax.jit(jax.grad(lambda a: _run(*a, **options)[0].sum()))
+  first = gradients(arrays)
+  for _ in range(10):
+    jax.tree.map(np.testing.assert_array_equal, gradients(arrays), first)
+
+
 @hypothesis.settings(deadline=None)
 @hypothesis.given(
   sizes=st.sampled_from([(1, 70), (97, 140)]),
@@ -61,10 +71,21 @@ def test_both_outputs_and_the_gradients_of_both(case):
 def test_any_mask_and_any_size(kv_length, **drawn):
   kv_length = tuple(min(n, drawn['sizes'][1]) for n in kv_length)
   arrays, options = cases.make(kv_length=kv_length, widths=(16, 32), **drawn)
-  out, lse = _run(*arrays, **options)
-  right = api.attention(*arrays, implementation='reference', **options)
-  assert cases.error(out, np.asarray(right[0], np.float64)) < 4e-6
-  assert cases.error(lse, np.asarray(right[1], np.float64)) < 4e-6
+  rng = np.random.default_rng(drawn['seed'])
+
+  def run(implementation):
+    (out, lse), pull_back = jax.vjp(
+      lambda *a: api.attention(*a, implementation=implementation, **options),
+      *arrays,
+    )
+    return out, lse, *pull_back((d_out, jnp.where(jnp.isinf(lse), 0, d_lse)))
+
+  batch, q_size, heads, _ = arrays[0].shape
+  d_out = jnp.float32(rng.standard_normal((batch, q_size, heads, 32)))
+  d_lse = jnp.float32(rng.standard_normal((batch, heads, q_size)))
+  mine, right = run('llvm_cpu'), run('reference')
+  for got, wanted, bound in zip(mine, right, [4e-6] * 2 + [3e-5] * 3):
+    assert cases.error(got, np.asarray(wanted, np.float64)) < bound
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, 3e38])
@@ -77,10 +98,16 @@ def test_what_hidden_keys_hold_does_not_matter(bad):
     offset=-2,
     window=9,
   )
-  clean = _run(q, k, v, **options)
+
+  @jax.jit
+  def all_of(*arrays):
+    outputs, pull_back = jax.vjp(lambda *a: _run(*a, **options), *arrays)
+    return *outputs, *pull_back(jax.tree.map(jnp.ones_like, outputs))
+
+  clean = all_of(q, k, v)
   hidden = ~jnp.asarray(cases.mask(110, 130, options)).any(1)
   k, v = (jnp.where(hidden[:, :, None, None], bad, x) for x in (k, v))
-  for got, right in zip(_run(q, k, v, **options), clean, strict=True):
+  for got, right in zip(all_of(q, k, v), clean, strict=True):
     np.testing.assert_array_equal(got, right)
 
 
