@@ -6,7 +6,7 @@
     +-------------+              +-----------+
     q  [6, D] -> s [6, 64] -> p [6, 64] -> out [6, Dv]
 
-A part of the work is a head of a row and 96 of its queries. For each tile of
+A part of the work is a head of a row and 192 of its queries. For each tile of
 keys, which it turns once so that a vector holds one number of sixteen keys, it
 takes six queries at a time: their 6 x 64 scores are sums in 24 registers, and
 so are 6 x 64 numbers of their outputs. What is kept from tile to tile are the
@@ -34,7 +34,7 @@ from pallas_kernels.attention import blockwise
 from pallas_kernels.attention import llvm_cpu_backward
 from pallas_kernels.attention import llvm_cpu_tiles as tiles
 
-QUERIES = 96  # of a part
+QUERIES = 192  # of a part
 _WIDEST = 512
 
 

@@ -18,7 +18,7 @@ pytestmark = [
   pytest.mark.skipif(bool(cpu.missing()), reason=str(cpu.missing())),
 ]
 
-# Parts are of 96 queries, six at a time, and tiles of 64 keys.
+# Parts are of 192 queries, six at a time (24 backward), and tiles of 64 keys.
 CASES = {
   'plain': {'sizes': (7, 5), 'widths': (16, 16)},
   'causal': {'sizes': (200, 200), 'causal': True},
