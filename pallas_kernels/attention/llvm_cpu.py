@@ -54,7 +54,7 @@ def forward(
   batch, q_size, heads, _ = q.shape
   sizes = tiles.sizes(rule, q, v)
   bounds = tiles.bounds(rule, limits, sizes, batch)
-  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+  shape = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   out, largest, total = llvm_cpu.call(
     _emit,
     sizes,
@@ -139,9 +139,9 @@ def _emit(builder, z: tiles.Sizes, pointers, part) -> None:
   out = tiles.queries(builder, z, mine, out, z.v_width)
   span_of = tiles.spans(builder, z, mine, low, high)
   _begin(builder, z, q, state, (begin, end))
-  first, last = tiles.seen_by(builder, z, (begin, end), span_of)
-  first = builder.sub(first, builder.srem(first, ll.number(tiles.KEYS)))
-  with ll.count(builder, first, last, tiles.KEYS) as tile:
+  least, most = tiles.seen_by(builder, z, (begin, end), span_of)
+  least = builder.sub(least, builder.srem(least, ll.number(tiles.KEYS)))
+  with ll.count(builder, least, most, tiles.KEYS) as tile:
     span = tile, builder.add(tile, ll.number(tiles.KEYS))
     tiles.turn(builder, z, k, z.width, tile, turned)
     with ll.count(builder, begin, end, tiles.ROWS) as some:
@@ -169,9 +169,11 @@ def _begin(builder, z, q, state: _State, span) -> None:
   begin, end = span
   last = builder.sub(end, ll.number(1))
   scale = ll.spread(builder, ll.constant(z.scale))
-  with ll.count(builder, 0, QUERIES, 1) as i:
+  # What fills up the last six is not written down.
+  size = builder.add(builder.sub(end, begin), ll.number(tiles.ROWS - 1))
+  size = builder.sub(size, builder.srem(size, ll.number(tiles.ROWS)))
+  with ll.count(builder, 0, size, 1) as i:
     own = _of(builder, z, state, i)
-    # What fills up the last six is not written down.
     line = ll.least(builder, builder.add(begin, i), last)
     line = builder.mul(line, ll.number(z.heads * z.width))
     with ll.count(builder, 0, z.width, ll.lanes()) as d:

@@ -32,7 +32,10 @@ from pallas_kernels.attention import llvm_cpu_tiles as tiles
 
 _QUERIES = 24  # whose weights are kept, a multiple of six
 _KEYS = 4  # whose gradients are sums in registers
-_SHARES = 4  # of all queries, for each part that a core has of other work
+# The queries of a head are cut where there are too few heads for all threads,
+# but not into so short or so many shares that writing takes what they save.
+_PARTS = 4  # for each of other work, so that threads end together
+_LEAST, _MOST = 192, 8  # queries of a share, and shares
 
 
 class _Static(NamedTuple):
@@ -52,13 +55,15 @@ class _Static(NamedTuple):
 def backward(rule, q, k, v, limits, out, lse, d_out, d_lse):
   """Gradients of q, k and v; `lse` and `d_lse` are [B, H, Sq].
 
-  The order of sums depends on the number of cores.
+  The order of sums depends on the number of cores. Memory beside the results
+  is that of 1 to 8 gradients of keys and values for each head of queries.
   """
   z, batch = tiles.sizes(rule, q, v), q.shape[0]
   # A query that sees nothing has weights of 2^-inf.
   lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse / math.log(2))
   blocks = -(-z.q_size // _QUERIES)
-  shares = min(blocks, -(-_SHARES * llvm_cpu.parts() // (batch * z.heads)))
+  wanted = -(-_PARTS * llvm_cpu.parts() // (batch * z.heads))
+  shares = max(1, min(wanted, _MOST, z.q_size // _LEAST))
   size = -(-blocks // shares) * _QUERIES
   shares = -(-z.q_size // size)
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
@@ -122,7 +127,8 @@ def _emit(builder, static: _Static, pointers, part) -> None:
   z = static.z
   q, k, v, low, high, out, lse, d_out, d_lse, delta, dq, dk, dv = pointers
   mine = tiles.head_of(builder, z, builder.srem(part, ll.number(static.lines)))
-  # The last ones see most keys, and come first, so that no thread ends late.
+  # Of a causal mask the last ones see most keys; they come first, so that no
+  # thread ends late.
   share = builder.sdiv(part, ll.number(static.lines))
   share = builder.sub(ll.number(static.shares - 1), share)
   begin = builder.mul(share, ll.number(static.size))
@@ -216,9 +222,10 @@ def _tile(builder, z, where, room, block, tile, seen, span_of) -> None:
       with builder.if_then(builder.icmp_signed('<', i, after)):
         line = _line(builder, base, i, z.heads * width)
         _copy(builder, line, to, width)
-  for step in (_weigh, _score):
-    with ll.count(builder, 0, _QUERIES, tiles.ROWS) as six:
-      step(builder, z, where, room, (some, after, six), tile, span_of)
+  with ll.count(builder, 0, _QUERIES, tiles.ROWS) as six:
+    _weigh(builder, z, where, room, (some, after, six), tile, span_of)
+  with ll.count(builder, 0, _QUERIES, tiles.ROWS) as six:
+    _score(builder, z, where, room, (some, after, six))
   with ll.count(builder, 0, _QUERIES, tiles.ROWS) as six:
     weights = _line(builder, room.d_scores, six, tiles.KEYS)
     to = _line(builder, room.dq, six, z.width)
@@ -267,9 +274,8 @@ def _weigh(builder, z, where, room, block, tile, span_of) -> None:
   _write(builder, rows, _line(builder, room.weights, six, tiles.KEYS))
 
 
-def _score(builder, z, where, room, block, tile, span_of) -> None:
+def _score(builder, z, where, room, block) -> None:
   """Writes the gradients of the scores of six queries of a block."""
-  del tile, span_of
   some, after, six = block
   rows = tiles.product(
     builder, _line(builder, room.d_out, six, z.v_width), z.v_width, room.v

@@ -1,10 +1,14 @@
 """What the forward and the backward kernel of attention on a CPU share.
 
-64 keys, turned          a product of six rows and a tile that was turned:
-+-------------+          for each of its D lines, six numbers times four
-| k' [D, 64]  |          vectors are added to 24 sums in registers
-+-------------+
-x  [6, D] -> [6, 64]
+    64 keys, turned
+    +-------------+
+    | k' [D, 64]  |
+    +-------------+
+    x  [6, D] -> [6, 64]
+
+A product of six rows and a tile of keys that was turned: for each of its D
+lines, six numbers times as many vectors as stay in registers with their sums,
+which are all four of AVX-512.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +38,7 @@ class Sizes(NamedTuple):
 
 
 class Head(NamedTuple):
-  """A head of a row, which one, and the numbers of those of its keys."""
+  """A head of queries: its row, its number in it, and that of its keys."""
 
   row: Any
   head: Any
@@ -186,7 +190,7 @@ def masked(
 def weighted(
   builder, z: Sizes, lines, width, part, seen, tile, weights, sums
 ) -> list:
-  """Sums of six rows, and of the lines of keys that are seen, times weights.
+  """Adds the lines of the keys that are seen, times weights, to six rows.
 
   Args:
     builder: Of the instructions.

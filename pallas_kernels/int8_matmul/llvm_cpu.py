@@ -38,8 +38,9 @@ _MOST_BLOCK = 2**13
 _ROWS = 6  # at a time: 24 registers of sums
 _COLUMNS = 64  # of a tile
 _DEPTH = 4  # numbers that one instruction multiplies
-# Rows of w of a tile, where they need not be those of a group. Few rows of x
-# wait for memory, which many lines at once slow down, more for their sums.
+# Rows of w of a tile, where they need not be those of a group. A few rows of x
+# wait for memory, which is slower when many lines are read at once; with more
+# rows the loading and storing of sums, once a block, costs more.
 _BLOCK_OF_FEW, _BLOCK = 16, 32
 
 

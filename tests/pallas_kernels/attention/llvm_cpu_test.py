@@ -18,7 +18,8 @@ pytestmark = [
   pytest.mark.skipif(bool(cpu.missing()), reason=str(cpu.missing())),
 ]
 
-# Parts are of 192 queries, six at a time (24 backward), and tiles of 64 keys.
+# Tiles are of 64 keys. Parts are of 192 queries, six at a time; backward they
+# depend on the number of cores.
 CASES = {
   'plain': {'sizes': (7, 5), 'widths': (16, 16)},
   'causal': {'sizes': (200, 200), 'causal': True},
@@ -30,6 +31,8 @@ CASES = {
   'lengths': {'sizes': (20, 140), 'kv_length': (70, 0)},
   'more queries': {'sizes': (193, 21), 'causal': True},
   'wide heads': {'sizes': (12, 66), 'widths': (80, 144), 'scale': 0.3},
+  'widest heads': {'sizes': (7, 70), 'widths': (512, 512)},
+  'negative scale': {'sizes': (30, 70), 'widths': (16, 16), 'scale': -0.3},
 }
 _run = functools.partial(api.attention, implementation='llvm_cpu')
 
@@ -46,6 +49,35 @@ def test_both_outputs_and_the_gradients_of_both(case):
   assert cases.error(lse, exact[1]) < 3e-6
   for mine, right in zip(got, exact[2:], strict=True):
     assert cases.error(mine, right) < 3e-5
+
+
+@pytest.mark.parametrize('parts', [1, 128])
+def test_any_number_of_cores_adds_up_the_same_gradients(monkeypatch, parts):
+  monkeypatch.setattr(cpu, 'parts', lambda: parts)
+  arrays, options = cases.make(
+    sizes=(600, 130), heads=(6, 3), widths=(32, 16), causal=True, offset=-20
+  )
+  rng = np.random.default_rng(5)
+  (out, lse), pull_back = jax.vjp(lambda *a: _run(*a, **options), *arrays)
+  d_out, d_lse = (rng.standard_normal(x.shape) for x in (out, lse))
+  # Of queries that see nothing the definition has no log-sum-exp.
+  d_lse = np.where(np.isinf(lse), 0, d_lse)
+  exact = cases.exact(arrays, options, d_out, d_lse)
+  got = pull_back((jnp.float32(d_out), jnp.float32(d_lse)))
+  for mine, right in zip(got, exact[2:], strict=True):
+    assert cases.error(mine, right) < 3e-5
+
+
+@pytest.mark.parametrize('parts', [4, 128])
+def test_memory_of_gradients_grows_with_the_length(monkeypatch, parts):
+  monkeypatch.setattr(cpu, 'parts', lambda: parts)
+  sizes = []
+  for length in (2048, 4096):
+    x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+    loss = lambda *a: _run(*a, causal=True)[0].sum()
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+    sizes.append(program.memory_analysis().temp_size_in_bytes)
+  assert sizes[1] < 2.2 * sizes[0]
 
 
 def test_gradients_are_the_same_in_every_call():
@@ -84,7 +116,9 @@ def test_any_mask_and_any_size(kv_length, **drawn):
   d_out = jnp.float32(rng.standard_normal((batch, q_size, heads, 32)))
   d_lse = jnp.float32(rng.standard_normal((batch, heads, q_size)))
   mine, right = run('llvm_cpu'), run('reference')
-  for got, wanted, bound in zip(mine, right, [4e-6] * 2 + [3e-5] * 3):
+  for got, wanted, bound in zip(
+    mine, right, [4e-6] * 2 + [3e-5] * 3, strict=True
+  ):
     assert cases.error(got, np.asarray(wanted, np.float64)) < bound
 
 
