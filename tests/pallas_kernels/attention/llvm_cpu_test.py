@@ -68,6 +68,21 @@ def test_any_number_of_cores_adds_up_the_same_gradients(monkeypatch, parts):
     assert cases.error(mine, right) < 3e-5
 
 
+def test_scores_far_below_zero_leave_gradients_finite():
+  """2^-lse is infinite: what fills up a block must not be multiplied by it."""
+  (q, k, v), options = cases.make(sizes=(7, 70), widths=(16, 16))
+  q, k = 5 + 0.1 * q, -5 + 0.1 * k
+  run = lambda *a: _run(*a, **options)
+  (out, lse), pull_back = jax.vjp(run, q, k, v)
+  assert lse.max() < -90
+  got = pull_back((jnp.ones_like(out), jnp.ones_like(lse)))
+  exact = cases.exact(
+    (q, k, v), options, np.ones(out.shape), np.ones(lse.shape)
+  )
+  for mine, right in zip(got, exact[2:], strict=True):
+    assert cases.error(mine, right) < 3e-4
+
+
 @pytest.mark.parametrize('parts', [4, 128])
 def test_memory_of_gradients_grows_with_the_length(monkeypatch, parts):
   monkeypatch.setattr(cpu, 'parts', lambda: parts)
