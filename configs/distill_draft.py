@@ -24,7 +24,7 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   """The settings of the one-layer draft, where they are not said here."""
   config = train_draft.get_config(size)
   tiny = size == 'tiny'
-  del config.ridge, config.steps
+  del config.ridge, config.ridge_rows, config.steps, config.start
   config.layers = (1,) if tiny else (0, 7, 15, 22, 29)  # of the target
   config.ffn_width = 96 if tiny else 0  # strongest units; 0 is all
   config.draft_length = 3  # of the chain that `tokens_per_run` is for

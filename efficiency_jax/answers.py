@@ -7,7 +7,7 @@ second pass of the target (DistillSpec, arXiv 2310.08461; Medusa's
 self-distillation, 2401.10774).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 from typing import NamedTuple
 
@@ -21,18 +21,21 @@ from efficiency_jax.decoding import drafters
 from efficiency_jax.decoding import sampling
 from efficiency_jax.io.pretrained import LanguageModel
 
+# What no question holds, to find its place in a chat template.
+_MARK = 'the-question-stands-here'
+
 
 class Answers(NamedTuple):
   """Texts of a model, a row each.
 
   `hidden[:, t]` is what the model predicts token t + 1 from; it is there for
-  the positions `0 .. length - 2`, and zero elsewhere.
+  the positions `0 .. length - 2`, and zero elsewhere. None was not kept.
   """
 
   tokens: np.ndarray  # [R, N] int32, the prompt, then the answer
   start: np.ndarray  # [R] int32, tokens of the prompt
   length: np.ndarray  # [R] int32, tokens of both
-  hidden: np.ndarray  # [R, N, D] float16
+  hidden: np.ndarray | None  # [R, N, D] float16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +78,7 @@ def answer(
   temperature: float = 0.0,
   seed: int = 0,
   first_row: int = 0,
+  keep_hidden: bool = True,
 ) -> Answers:
   """Lets `lm` answer prompts, up to its stop token or the end of a row.
 
@@ -86,6 +90,7 @@ def answer(
     seed: Of sampled text.
     first_row: Number of the first prompt, so that the answers to a list do not
       depend on how it is cut into batches.
+    keep_hidden: Whether the states are kept.
 
   Raises:
     ValueError: A prompt leaves no room for an answer.
@@ -102,8 +107,9 @@ def answer(
     greedy=greedy,
     verifier=None if greedy else 'coupled',
   )
-  decoder = dataclasses.replace(engine.decoder, drafter=Recorder())
-  engine = dataclasses.replace(engine, decoder=decoder)
+  if keep_hidden:
+    decoder = dataclasses.replace(engine.decoder, drafter=Recorder())
+    engine = dataclasses.replace(engine, decoder=decoder)
   start = np.array([len(ids) for ids in prompts], np.int32)
   budget = slots - engine.decoder.slack - start
   rows = jnp.arange(first_row, first_row + len(prompts))
@@ -120,5 +126,52 @@ def answer(
     np.asarray(state.tokens),
     start,
     np.asarray(state.length),
-    np.asarray(state.draft),
+    np.asarray(state.draft) if keep_hidden else None,
   )
+
+
+def questions(
+  lm: LanguageModel,
+  *,
+  slots: int = 128,
+  batch: int = 512,
+  temperature: float = 1.0,
+  seed: int = 0,
+) -> Iterator[str]:
+  """What a chat model asks itself, without end (Magpie, arXiv 2406.08464).
+
+  It is given the chat template up to where a question begins, and goes on. Only
+  questions that it ended are kept; some may come twice.
+
+  Args:
+    lm: A model with a chat template.
+    slots: Tokens of the template's beginning and the question.
+    batch: Questions that are written at once; the texts do not depend on it.
+    temperature: Of the questions.
+    seed: Of the questions.
+
+  Raises:
+    ValueError: The chat template does not hold the question as it is.
+  """
+  chat = [{'role': 'user', 'content': _MARK}]
+  before, mark, _ = lm.tokenizer.apply_chat_template(chat).partition(_MARK)
+  if not mark:
+    raise ValueError(f'the chat template of {lm.name} changes questions.')
+  ids = lm.tokenizer.encode(before)
+  first = 0
+  while True:
+    made = answer(
+      lm,
+      [ids] * batch,
+      slots=slots,
+      temperature=temperature,
+      seed=seed,
+      first_row=first,
+      keep_hidden=False,
+    )
+    for row, length in zip(made.tokens, made.length, strict=True):
+      if row[length - 1] in lm.tokenizer.stop_ids:
+        text = lm.tokenizer.decode(row[len(ids) : length - 1].tolist()).strip()
+        if text:
+          yield text
+    first += batch

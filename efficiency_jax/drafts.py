@@ -6,6 +6,8 @@
 
 One safetensors file holds the parameters in float16, the form of the draft, its
 trees, a card for people, facts about the target and a sha256 over all of it.
+Matrices may be in int8 with a scale a column: a draft that will be stored in
+W8A8 anyway then loses nothing by its file.
 
 A draft is useless beside another model, though it never changes a text, so the
 target is known again by its tokenizer, its config and its weights. Of the
@@ -41,6 +43,7 @@ from efficiency_jax.io.pretrained import LanguageModel
 from efficiency_jax.leaves import QTensor
 from efficiency_jax.linear import embed
 from efficiency_jax.types import Params
+from pallas_kernels.int8_matmul import api as int8_matmul
 
 Draft = medusa.TrainedHeads | eagle.TrainedDraft | draft_model.TrainedDraft
 
@@ -92,6 +95,8 @@ _REMEDY = 'update efficiency_jax, or take another file'
 # be from them, relative to their norm. Rounding to 4 bits moves them by about
 # 0.1, and independently trained rows are sqrt(2) apart.
 _ROWS = 16
+# Factors of a low rank stay in float16: they are small.
+_LEAST_SIDE = 64
 _FARTHEST = 0.5
 
 
@@ -101,6 +106,7 @@ def save(
   *,
   lm: LanguageModel,
   card: Mapping[str, str],
+  bits: int = 16,
 ) -> None:
   """Writes a draft of `lm`, replacing the file in one step.
 
@@ -109,13 +115,16 @@ def save(
     draft: The parameters are rounded to float16.
     lm: The target that it was trained for.
     card: What people should know: data, command, numbers, licence.
+    bits: 16, or 8 for matrices of 64 rows and columns or more.
 
   Raises:
     ValueError: The draft is quantized; a parameter is not finite in float16, or
       not one that the form has for this target; the draft is for another
-      config; one of its trees has no fixed shape; or the card holds something
-      else than strings. The file is as it was.
+      config; one of its trees has no fixed shape; the card holds something else
+      than strings; or there is no such number of bits. The file is as it was.
   """
+  if bits not in (8, 16):
+    raise ValueError(f'bits must be 8 or 16, got {bits}.')
   narrow = lambda leaf: isinstance(leaf, QTensor)
   params = jax.tree.leaves(draft.params, is_leaf=narrow)
   if getattr(draft, 'head', None) is not None or any(map(narrow, params)):
@@ -142,10 +151,14 @@ def save(
     )
   if not all(isinstance(x, str) for pair in card.items() for x in pair):
     raise ValueError(f'card must map strings to strings, got {dict(card)}.')
-  values = {
-    f'params/{name}': _half(name, leaf)
-    for name, leaf in trees.leaves(draft.params)
-  }
+  values = {}
+  for name, leaf in trees.leaves(draft.params):
+    half = _half(name, leaf)
+    values[f'params/{name}'] = half
+    if bits == 8 and leaf.ndim == 2 and min(leaf.shape) >= _LEAST_SIDE:
+      rows, scales = int8_matmul.quantize_rows(jnp.asarray(half.T, jnp.float32))
+      values[f'params/{name}'] = np.asarray(rows).T
+      values[f'scales/{name}'] = np.asarray(scales)
   if draft.vocabulary is not None:
     values['vocabulary'] = np.asarray(draft.vocabulary, np.int32)
   values['target/embedding'] = _rows(lm).astype(np.float16)
@@ -186,6 +199,9 @@ def load(path: str | os.PathLike[str], lm: LanguageModel) -> Draft:
     vocabulary = values.pop('vocabulary', None)
     if vocabulary is not None:
       vocabulary = jnp.asarray(vocabulary)
+    for name in [name for name in values if name.startswith('scales/')]:
+      matrix = name.replace('scales/', 'params/', 1)
+      values[matrix] = values[matrix] * values.pop(name)
     dtype = lm.params['embedding']['table'].dtype
     params = traverse_util.unflatten_dict(
       {k: jnp.asarray(v, dtype) for k, v in values.items()}, sep='/'

@@ -163,7 +163,7 @@ def prepare(
   lengths = ADAPTIVE_LENGTHS if draft_length is None else (draft_length,)
   if draft_length is None and trees:
     lengths = (0, *sorted(len(tree) - 1 for tree in trees))
-  prior, own = (0.5,), None
+  prior, own, inner = (0.5,), None, ()
   if drafter == 'plain':
     lengths = (draft_length or 0,)
     chosen = drafters.Nothing()
@@ -178,10 +178,11 @@ def prepare(
     chosen, own = _medusa(lm, heads, trees), heads.weights
   elif drafter == 'eagle':
     chosen, own = _eagle(lm, heads, trees), heads.weights
+    inner = heads.form.layers
   else:
     chosen, own = _draft_model(lm, draft, heads, trees)
   decoder = speculative.Decoder(
-    apply=transformer.apply_fn(lm.config),
+    apply=transformer.apply_fn(lm.config, layers=inner),
     drafter=chosen,
     verifier=verifiers.named(verifier),
     schedule=schedule_lib.Schedule(lengths=lengths, prior=prior),

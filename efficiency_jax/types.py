@@ -34,7 +34,9 @@ class ModelOutput(NamedTuple):
   """What one forward pass gives."""
 
   logits: jax.Array  # [B, T, V] float32
-  hidden: jax.Array  # [B, T, D] after the final norm, in the compute dtype
+  # [B, T, D] after the final norm, in the compute dtype; behind it stand what
+  # inner blocks read, where they were asked for: [B, T, (1 + F) D].
+  hidden: jax.Array
 
 
 class ApplyFn(Protocol):

@@ -52,10 +52,12 @@ def experiment(
         temperature=temperature,
         seed=config.seed,
         first_row=int(name) * config.batch,
+        keep_hidden=config.keep_hidden,
       )
       seconds = time.perf_counter() - start
       path = workdir.path / answer_files.FOLDER / f'{name}.safetensors'
-      arrays.save(path, made._asdict(), {'split': split})
+      kept = {k: v for k, v in made._asdict().items() if v is not None}
+      arrays.save(path, kept, {'split': split})
       last = made.tokens[np.arange(len(prompts)), made.length - 1]
       return {
         'split': split,

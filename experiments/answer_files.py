@@ -19,35 +19,41 @@ FOLDER = 'answers'
 def load(workdir: str | pathlib.Path, split: str) -> answers.Answers:
   """All answers of a split, in the order in which they were made.
 
+  `workdir` may be several folders with commas between them, one after another.
+
   Raises:
     ValueError: There are none.
   """
   parts = []
-  for path in sorted((pathlib.Path(workdir) / FOLDER).glob('*.safetensors')):
+  folders = [pathlib.Path(one) / FOLDER for one in str(workdir).split(',')]
+  for path in [p for f in folders for p in sorted(f.glob('*.safetensors'))]:
     if arrays.metadata(path).get('split') == split:
-      parts.append(answers.Answers(**arrays.load(path)[0]))
+      parts.append(answers.Answers(**{'hidden': None, **arrays.load(path)[0]}))
   if not parts:
     raise ValueError(
       f'{workdir} holds no {split} answers: make them with python -m'
       f' experiments.answer_chats --workdir={workdir}.'
     )
-  return answers.Answers(*map(np.concatenate, zip(*parts, strict=True)))
+  if any(part.hidden is None for part in parts):
+    parts = [part._replace(hidden=None) for part in parts]
+  joined = [
+    None if fields[0] is None else np.concatenate(fields)
+    for fields in zip(*parts, strict=True)
+  ]
+  return answers.Answers(*joined)
 
 
 def training_arrays(made: answers.Answers) -> dict[str, np.ndarray]:
   """What losses of drafts read: the tokens of answers are to be learnt.
 
-  `tokens` [R, N] int32, `hidden` [R, N, D] float16, and `loss_mask` [R, N], 1
-  where the next token is one of the answer.
+  `tokens` [R, N] int32, `loss_mask` [R, N], 1 where the next token is one of
+  the answer, and `hidden` [R, N, D] float16 if it was kept.
   """
   place = np.arange(made.tokens.shape[1])
   learnt = place >= made.start[:, None] - 1
   learnt &= place < made.length[:, None] - 1
-  return {
-    'tokens': made.tokens,
-    'hidden': made.hidden,
-    'loss_mask': learnt.astype(np.float32),
-  }
+  found = {'tokens': made.tokens, 'loss_mask': learnt.astype(np.float32)}
+  return found if made.hidden is None else {**found, 'hidden': made.hidden}
 
 
 def texts(workdir: str | pathlib.Path, split: str) -> list[np.ndarray]:
@@ -73,6 +79,8 @@ def load_splits(
     split: training_arrays(load(workdir, split))
     for split in ('train', 'validation')
   }
+  if 'hidden' not in splits['train']:
+    return splits
   width = splits['train']['hidden'].shape[-1]
   if width != lm.config.width:
     raise ValueError(
@@ -83,7 +91,9 @@ def load_splits(
 
 
 def for_drafts(
-  lm: pretrained.LanguageModel, config: ml_collections.ConfigDict
+  lm: pretrained.LanguageModel,
+  config: ml_collections.ConfigDict,
+  layers: tuple[int, ...] = (),
 ) -> tuple[dict[str, dict[str, np.ndarray]], np.ndarray | None]:
   """Arrays to train and to judge a draft on, and the tokens it may draft.
 
@@ -91,12 +101,20 @@ def for_drafts(
     lm: The target, whose answers they are.
     config: `answers`, their folder, and `vocabulary`, how many of the most
       frequent tokens of the training answers; 0 is all tokens.
+    layers: Blocks of the target whose inputs the draft sees too.
 
   Returns:
-    `training_arrays` of 'train' and 'validation', the latter with `coverage`,
-    and the vocabulary [R] or None.
+    `training_arrays` of 'train' and 'validation', the latter with `hidden` and
+    `coverage`, and the vocabulary [R] or None. Where `hidden` was not kept, or
+    lacks what the draft sees, training has to compute it.
   """
   splits = load_splits(lm, config.answers)
+  if layers:
+    for arrays in splits.values():
+      arrays.pop('hidden', None)
+  held_out = splits['validation']
+  if 'hidden' not in held_out:
+    held_out['hidden'] = states(lm, held_out['tokens'], layers)
   if not config.vocabulary:
     return splits, None
   vocabulary = draft_vocabulary.by_frequency(
@@ -105,7 +123,6 @@ def for_drafts(
     lm.config.vocab_size,
     always=lm.tokenizer.stop_ids,
   )
-  held_out = splits['validation']
   held_out['coverage'] = coverage(lm, held_out['hidden'], vocabulary)
   return splits, vocabulary
 
@@ -119,17 +136,22 @@ def counts(
   )
 
 
-def states(lm: pretrained.LanguageModel, tokens: np.ndarray) -> np.ndarray:
-  """States of a model after the final norm: [R, N, D] float32.
+def states(
+  lm: pretrained.LanguageModel,
+  tokens: np.ndarray,
+  layers: tuple[int, ...] = (),
+) -> np.ndarray:
+  """States of a model: [R, N, (1 + len(layers)) D] float32.
 
   Args:
     lm: The model.
     tokens: [R, N] int32, texts from their beginning.
+    layers: Blocks whose inputs follow the states after the final norm.
   """
-  apply = transformer.apply_fn(lm.config)
+  apply = transformer.apply_fn(lm.config, layers=layers)
   of_row = jax.jit(lambda params, row: apply(params, row)[0].hidden)
   return np.concatenate(
-    [np.asarray(of_row(lm.params, row[None])) for row in tokens]
+    [np.asarray(of_row(lm.params, row[None]), np.float32) for row in tokens]
   )
 
 
@@ -140,13 +162,14 @@ def coverage(
 
   Args:
     lm: The model.
-    hidden: [R, N, D], its states after the final norm.
+    hidden: [R, N, D...], its states after the final norm; others may follow.
     vocabulary: [R'] int32, tokens.
   """
   head = transformer.head_fn(lm.config)
 
   @jax.jit
   def of_row(params, states):
+    states = states[..., : lm.config.width]
     p = jax.nn.softmax(head(params, states.astype(jnp.float32)))
     return p[..., vocabulary].sum(-1)
 

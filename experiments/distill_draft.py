@@ -16,6 +16,7 @@ import ml_collections
 
 from efficiency_jax.decoding import draft_model
 from efficiency_jax.decoding import draft_model_training
+from efficiency_jax.models import transformer
 from efficiency_jax.training import objectives
 from experiments import answer_files
 from experiments import calibration
@@ -38,16 +39,19 @@ def experiment(
     ffn_width=config.ffn_width or None,
   )
   splits, vocabulary = answer_files.for_drafts(lm, config)
-  frozen = objectives.frozen(lm.params, vocabulary)
+  frozen = objectives.frozen(lm.params, vocabulary, whole=True)
   result = training_run.train(
     config.training,
     workdir,
     params=draft_model.init(form, lm.params),
     frozen=frozen,
-    loss=objectives.distillation(
-      form,
-      objectives=tuple(config.objectives.items()),
-      length=config.draft_length,
+    loss=objectives.computed(
+      objectives.distillation(
+        form,
+        objectives=tuple(config.objectives.items()),
+        length=config.draft_length,
+      ),
+      transformer.apply_fn(lm.config),
     ),
     rows=splits['train'],
     held_out=splits['validation'],

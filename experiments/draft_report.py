@@ -54,7 +54,8 @@ def write(
   rows = guesses(result.validation, np.concatenate(halves), name)
   path = workdir.path / 'draft.safetensors'
   facts = card(workdir, result, rows, arrays)
-  drafts.save(path, draft, lm=lm, card={**facts, **about})
+  bits = workdir.config['file_bits']
+  drafts.save(path, draft, lm=lm, card={**facts, **about}, bits=bits)
   workdir.write_results([*rows, *trees])
   shown = display.table(rows, COLUMNS)
   shapes = display.table(trees, calibration.COLUMNS)

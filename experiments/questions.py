@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 
+from efficiency_jax import answers
 from efficiency_jax.data import chats
 from efficiency_jax.data import prompts as prompt_sets
 from efficiency_jax.data import splits
@@ -19,7 +20,11 @@ def batches(lm, config) -> list[tuple[str, str, float, list[list[int]]]]:
   if config.chats == 'inline':
     asked = list(config.inline)
   else:
-    kept = chats.without(chats.load(config.chats), left_out)
+    if config.chats == 'own':
+      held = _own(lm, config)
+    else:
+      held = chats.load(config.chats)
+    kept = chats.without(held, left_out)
     asked = chats.user_prompts(
       kept, max_characters=config.max_characters, first_only=config.first_only
     )
@@ -49,4 +54,13 @@ def batches(lm, config) -> list[tuple[str, str, float, list[list[int]]]]:
   return [
     (f'{i:05d}', split, next(heat), group)
     for i, (split, group) in enumerate(groups)
+  ]
+
+
+def _own(lm, config) -> list[chats.Chat]:
+  """Questions of the model itself, as chats without an answer."""
+  found = answers.questions(lm, batch=config.batch, seed=config.seed)
+  return [
+    chats.Chat(name=f'own/{i}', turns=(chats.Turn(role='user', content=text),))
+    for i, text in enumerate(itertools.islice(found, config.num_own))
   ]

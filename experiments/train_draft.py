@@ -18,6 +18,7 @@ from efficiency_jax import drafts
 from efficiency_jax.data import rows as data_rows
 from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import eagle_training
+from efficiency_jax.models import transformer
 from efficiency_jax.training import objectives
 from experiments import answer_files
 from experiments import calibration
@@ -33,13 +34,15 @@ def experiment(
 ) -> None:
   """Trains, calibrates, saves and reports."""
   lm = inputs.load_model(config)
-  splits, vocabulary = answer_files.for_drafts(lm, config)
   form = eagle.Form(
     target=lm.config,
     vocabulary=config.vocabulary or None,
     ffn_width=config.ffn_width or None,
+    layers=tuple(config.layers),
   )
-  frozen = objectives.frozen(lm.params, vocabulary)
+  splits, vocabulary = answer_files.for_drafts(lm, config, form.layers)
+  apply = transformer.apply_fn(lm.config, layers=form.layers)
+  frozen = objectives.frozen(lm.params, vocabulary, whole=True)
   params = eagle.init(form, jax.random.key(config.seed), lm.params)
   if config.start:
     params = _start(lm, form, config.start)
@@ -48,7 +51,7 @@ def experiment(
       form,
       params,
       frozen['target'],
-      data_rows.batches(splits['train'], batch_size=16, seed=0, epochs=1),
+      _first_batches(splits['train'], config.ridge_rows, apply, lm.params),
       config.ridge,
     )
   result = training_run.train(
@@ -56,8 +59,11 @@ def experiment(
     workdir,
     params=params,
     frozen=frozen,
-    loss=objectives.draft(
-      form, steps=config.steps, objectives=tuple(config.objectives.items())
+    loss=objectives.computed(
+      objectives.draft(
+        form, steps=config.steps, objectives=tuple(config.objectives.items())
+      ),
+      apply,
     ),
     rows=splits['train'],
     held_out=splits['validation'],
@@ -82,6 +88,14 @@ def experiment(
   )
 
 
+def _first_batches(rows, count: int, apply, target):
+  """The target's states of the first rows, batch by batch."""
+  complete = jax.jit(functools.partial(objectives.completed, apply))
+  rows = {name: array[:count] for name, array in rows.items()}
+  for batch in data_rows.batches(rows, batch_size=16, seed=0, epochs=1):
+    yield complete(target, batch)
+
+
 def _start(lm, form, path: str):
   """The parameters of a trained draft, whose form must be `form`.
 
@@ -97,8 +111,9 @@ def _start(lm, form, path: str):
   if draft.form != form:
     raise ValueError(
       f'--config.start={path} is a draft of another form: set'
-      f' --config.vocabulary={draft.form.vocabulary or 0} and'
-      f' --config.ffn_width={draft.form.ffn_width or 0}.'
+      f' --config.vocabulary={draft.form.vocabulary or 0},'
+      f' --config.ffn_width={draft.form.ffn_width or 0} and'
+      f' --config.layers={draft.form.layers}.'
     )
   return draft.params
 

@@ -36,8 +36,10 @@ def experiment(
   if form.confidence and vocabulary is not None:
     # What is outside the vocabulary is lost, which confidence has to learn.
     train = splits['train']
+    if 'hidden' not in train:
+      train['hidden'] = answer_files.states(lm, train['tokens'])
     train['coverage'] = answer_files.coverage(lm, train['hidden'], vocabulary)
-  frozen = objectives.frozen(lm.params, vocabulary)
+  frozen = objectives.frozen(lm.params, vocabulary, whole=True)
   output_head = transformer.head_fn(lm.config)
   result = training_run.train(
     config.training,
@@ -50,11 +52,14 @@ def experiment(
       draft_vocabulary.head(frozen['target'], vocabulary),
     ),
     frozen=frozen,
-    loss=objectives.heads(
-      form,
-      output_head,
-      objectives=tuple(config.objectives.items()),
-      decay=config.decay,
+    loss=objectives.computed(
+      objectives.heads(
+        form,
+        output_head,
+        objectives=tuple(config.objectives.items()),
+        decay=config.decay,
+      ),
+      transformer.apply_fn(lm.config),
     ),
     rows=splits['train'],
     held_out=splits['validation'],

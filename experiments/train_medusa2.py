@@ -51,6 +51,7 @@ def experiment(
   if drafts.kind(first) != 'medusa':
     raise ValueError(f'--config.draft={config.draft} holds no heads of Medusa.')
   key = jax.random.key(config.seed)
+  apply = transformer.apply_fn(lm.config)
   adapted, report = lora.adapt(lm.params, **config.adapter, key=key)
   result = training_run.train(
     config.training,
@@ -60,14 +61,18 @@ def experiment(
       **objectives.frozen(lm.params, first.vocabulary),
       'target': adapted,
     },
-    loss=objectives.joint(
-      first.form,
-      transformer.apply_fn(lm.config),
-      transformer.head_fn(lm.config),
-      backbone=tuple(config.backbone.items()),
-      heads_weight=config.heads_weight,
-      objectives=tuple(config.objectives.items()),
-      decay=config.decay,
+    # The adapter of `frozen` is as it began: it adds nothing.
+    loss=objectives.computed(
+      objectives.joint(
+        first.form,
+        apply,
+        transformer.head_fn(lm.config),
+        backbone=tuple(config.backbone.items()),
+        heads_weight=config.heads_weight,
+        objectives=tuple(config.objectives.items()),
+        decay=config.decay,
+      ),
+      apply,
     ),
     rows=train,
     held_out=splits['validation'],

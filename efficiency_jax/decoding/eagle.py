@@ -11,6 +11,13 @@ with one block of the target's kind, and the target's own embedding E and output
 head. Beyond the text, where the target has not thought yet, g takes the place
 of h; `eagle_training` trains it that way (EAGLE-3, arXiv 2503.01840). h_{-1}
 is zero. The head may score the most frequent tokens alone (`draft_vocabulary`).
+
+EAGLE-3 lets the draft see what the target thought on its way as well. With
+x^l_t what block l of the target reads, h_t is then replaced by
+
+    h_t + G [norm_l(x^l_t) for each of the chosen l]
+
+with G [F D, D], zero at first, and norm_l the target's own norm before block l.
 """
 
 from collections.abc import Callable
@@ -28,6 +35,7 @@ from efficiency_jax.decoding import drafters
 from efficiency_jax.decoding.prefill import prefill
 from efficiency_jax.decoding.prefill import slots_for
 from efficiency_jax.linear import embed
+from efficiency_jax.linear import linear
 from efficiency_jax.models import cache as kv_cache
 from efficiency_jax.models import rope
 from efficiency_jax.models import transformer
@@ -47,13 +55,16 @@ class Form:
     vocabulary: R, tokens that it may draft; None is all. Which ones says
       `vocabulary` [R] among the parameters that a drafter is given.
     ffn_width: Hidden width of its feed-forward; None is the target's.
+    layers: F blocks of the target whose inputs it sees beside the final state.
   """
 
   target: DecoderConfig
   vocabulary: int | None = None
   ffn_width: int | None = None
+  layers: tuple[int, ...] = ()
 
   def __post_init__(self):
+    transformer.check_layers(self.target, self.layers)
     size = self.target.vocab_size
     if self.vocabulary is not None and not 1 <= self.vocabulary <= size:
       raise ValueError(
@@ -126,8 +137,12 @@ def init(form: Form, key: jax.Array, target: Params | None = None) -> Params:
   gives states the scale that the head expects. `eagle_training.least_squares`
   makes a better beginning of them.
   """
-  states = jnp.zeros((1, 1, form.target.width))
+  width = form.target.width
+  states = jnp.zeros((1, 1, width))
   params = jax.jit(Draft(form.config).init)(key, states, states)['params']
+  if form.layers:
+    kernel = jnp.zeros((len(form.layers) * width, width))
+    params = {**params, 'gather': {'kernel': kernel}}
   if target is not None:
     norm = jax.tree.map(
       lambda x: jnp.array(x, jnp.float32), target['final_norm']
@@ -157,6 +172,32 @@ def apply(
   )
 
 
+def gathered(
+  form: Form, params: Params, target: Params, hidden: jax.Array
+) -> jax.Array:
+  """States that the draft reads, of those of the target: [..., D].
+
+  Args:
+    form: Of the draft.
+    params: Of the draft.
+    target: Of the target; its norms are read, if the form has `layers`.
+    hidden: [..., (1 + F) D], from `transformer.apply_fn` with the form's
+      layers. Zeros give zeros.
+  """
+  if not form.layers:
+    return hidden
+  c = form.target
+  final, *inner = jnp.split(hidden, 1 + len(form.layers), axis=-1)
+  norm = transformer.RMSNorm(c.norm_epsilon, c.norm_plus_one)
+  inner = [
+    norm.apply({'params': target[f'layers_{layer}']['attention_norm']}, x)
+    for layer, x in zip(form.layers, inner, strict=True)
+  ]
+  return final + linear(
+    jnp.concatenate(inner, axis=-1), params['gather']['kernel']
+  )
+
+
 def embedded_by(target: Params, tokens: jax.Array, dtype) -> jax.Array:
   """The target's embeddings of tokens [...]: [..., D]."""
   return embed(tokens, target['embedding']['table']).astype(dtype)
@@ -174,8 +215,9 @@ def scores_fn(form: Form) -> Callable[[Params, jax.Array], jax.Array]:
 def _text_fn(form: Form) -> ApplyFn:
   """The draft along a text whose features are known; an `ApplyFn`.
 
-  Its parameters are `(draft, target, features [B, N, D])`, where features hold
-  the state before every position. Its output has hidden states alone.
+  Its parameters are `(draft, target, features [B, N, (1 + F) D])`, where
+  features hold the target's states before every position. Its output has hidden
+  states alone.
   """
 
   def apply_to_text(
@@ -186,6 +228,7 @@ def _text_fn(form: Form) -> ApplyFn:
     place = cache.length[:, None] + jnp.arange(tokens.shape[1])
     place = jnp.minimum(place, features.shape[1] - 1)
     before = jnp.take_along_axis(features, place[..., None], axis=1)
+    before = gathered(form, draft, target, before)
     hidden, cache = apply(form, draft, target, tokens, before, cache)
     return ModelOutput(hidden[..., :0], hidden), cache
 
@@ -196,7 +239,7 @@ class State(NamedTuple):
   """What the drafter carries from round to round."""
 
   cache: Cache  # of the draft, made of the target's states alone
-  features: jax.Array  # [B, N, D], the target's state before each position
+  features: jax.Array  # [B, N, (1 + F) D], the target's before each position
   head: Params | None  # of fewer tokens; None is the draft's or the target's
   columns: jax.Array | None  # [V] int32; see `draft_vocabulary`
 

@@ -43,7 +43,7 @@ def rollout(
   params: Params,
   target: Params,
   tokens: jax.Array,  # [B, T] int32
-  hidden: jax.Array,  # [B, T, D], the target's states of these tokens
+  hidden: jax.Array,  # [B, T, (1 + F) D], the target's states of these tokens
   steps: int,
   segments: jax.Array | None = None,  # [B, T] int32
 ) -> list[jax.Array]:
@@ -55,7 +55,8 @@ def rollout(
   embedded = eagle.embedded_by(target, tokens, hidden.dtype)
   embedded = _norm(config, params['embedding_norm'], embedded)
   first = _same_text(tokens.shape, segments, 1)
-  before = jnp.where(first[..., None], _earlier(hidden, 1), 0)
+  before = eagle.gathered(form, params, target, hidden)
+  before = jnp.where(first[..., None], _earlier(before, 1), 0)
   positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
   turn = eagle.rotation(config, positions)
   past, states = [], []
@@ -98,12 +99,14 @@ def loss(
   Args:
     form: Of the draft.
     params: Of the draft; the only argument that gradients flow into.
-    target: The target's parameters: its embedding and its head are read.
-    batch: `tokens` [B, T] int32; `hidden` [B, T, D], the target's states after
-      the final norm; `loss_mask` [B, T], weights of the positions whose *next*
-      token is to be learnt; perhaps `segments` [B, T] int32, texts packed into
-      a row; perhaps `coverage` [B, T], the probability that the target gives
-      the draft's vocabulary, 1 if absent, for the metrics alone.
+    target: The target's parameters: its embedding and its head are read, and
+      its norms if the form has `layers`.
+    batch: `tokens` [B, T] int32; `hidden` [B, T, (1 + F) D], the target's
+      states after the final norm and what the form's layers read; `loss_mask`
+      [B, T], weights of the positions whose *next* token is to be learnt;
+      perhaps `segments` [B, T] int32, texts packed into a row; perhaps
+      `coverage` [B, T], the probability that the target gives the draft's
+      vocabulary, 1 if absent, for the metrics alone.
     steps: Drafted tokens that are trained for.
     vocabulary: [R] int32, if the form has one.
     objectives: Pairs of a name in `distillation.losses` and a weight.
@@ -130,7 +133,8 @@ def loss(
     head = draft_vocabulary.head(target, vocabulary)
   target, head, hidden = lax.stop_gradient((target, head, hidden))
   scores = eagle.scores_fn(form)
-  teacher = scores(head, hidden)
+  final = hidden[..., : form.target.width]
+  teacher = scores(head, final)
   states = rollout(
     form, params, target, batch['tokens'], hidden, steps, segments
   )
@@ -145,7 +149,7 @@ def loss(
       for name, weight in objectives
     )
     if feature_weight:
-      value += feature_weight * losses.mean(_smooth_l1(hidden, state), mask)
+      value += feature_weight * losses.mean(_smooth_l1(final, state), mask)
     total += decay**index * value
     agreement = jnp.argmax(teacher, axis=-1) == jnp.argmax(student, axis=-1)
     kept = losses.acceptance(teacher, student, batch.get('coverage'))
@@ -191,7 +195,7 @@ def least_squares(
 
   @jax.jit
   def products(tokens, hidden, mask):
-    hidden = hidden.astype(jnp.float32)
+    hidden = hidden[..., : config.width].astype(jnp.float32)
     embedded = eagle.embedded_by(target, tokens, jnp.float32)
     inputs = eagle.fused(
       _norm(config, params['embedding_norm'], embedded),

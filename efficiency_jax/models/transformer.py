@@ -173,6 +173,7 @@ class DecoderLM(nn.Module):
 
   config: DecoderConfig
   implementation: Implementation = None
+  layers: tuple[int, ...] = ()
 
   @nn.compact
   def __call__(
@@ -190,8 +191,9 @@ class DecoderLM(nn.Module):
 
     embedding = Embedding(c.vocab_size, c.width, name='embedding')
     x = _embedded(c, embedding(tokens))
-    keys, values = [], []
+    keys, values, states = [], [], {}
     for layer in range(c.num_layers):
+      states[layer] = x
       is_local = c.window(layer) is not None
       x, slots = Block(c, layer, self.implementation, name=f'layers_{layer}')(
         x,
@@ -217,20 +219,43 @@ class DecoderLM(nn.Module):
         tuple(values) + cache.values[c.num_layers :],
         start + time,
       )
+    if self.layers:
+      x = jnp.concatenate([x, *(states[i] for i in self.layers)], axis=-1)
     return ModelOutput(logits, x), cache
 
 
-@functools.cache
 def apply_fn(
-  config: DecoderConfig, implementation: Implementation = None
+  config: DecoderConfig,
+  implementation: Implementation = None,
+  layers: tuple[int, ...] = (),
 ) -> ApplyFn:
   """The model as a pure function of parameters, tokens and cache.
 
   `implementation` names the attention kernels (`pallas_kernels.dispatch`); None
-  is the platform's choice. Equal arguments give the same function object, so
-  that it can be a static argument of `jax.jit` without compiling again.
+  is the platform's choice. With `layers` the hidden states of the output hold
+  what those blocks read as well, [B, T, (1 + len(layers)) D]. Equal arguments
+  give the same function object, so that it can be a static argument of
+  `jax.jit` without compiling again.
+
+  Raises:
+    ValueError: The model has no block of that number.
   """
-  model = DecoderLM(config, implementation)
+  check_layers(config, layers)
+  return _apply_fn(config, implementation, tuple(layers))
+
+
+def check_layers(config: DecoderConfig, layers: tuple[int, ...]) -> None:
+  """Raises ValueError unless the model has a block of each number."""
+  wrong = [i for i in layers if not 0 <= i < config.num_layers]
+  if wrong:
+    raise ValueError(
+      f'layers must be in 0..{config.num_layers - 1}, got {wrong[0]}.'
+    )
+
+
+@functools.cache
+def _apply_fn(config, implementation, layers) -> ApplyFn:
+  model = DecoderLM(config, implementation, layers)
 
   def apply(params, tokens, cache=None, *, ancestors=None, segments=None):
     variables = {'params': params}

@@ -1,7 +1,8 @@
 """What is learnt: losses as the training step takes them.
 
 The `frozen` argument of those of drafts is what they read of the target: its
-embedding table, its output head, and the draft's vocabulary if it has one.
+embedding table, its output head, and the draft's vocabulary if it has one; or
+the whole target, where its states are `computed`.
 """
 
 from typing import Any
@@ -31,11 +32,15 @@ from efficiency_jax.types import Params
 Objectives = tuple[tuple[str, float], ...]
 
 
-def frozen(target: Params, vocabulary: jax.Array | None = None) -> Params:
-  """The part of the target that drafts read, and the draft's vocabulary."""
-  read = {
-    name: target[name] for name in ('embedding', 'head') if name in target
-  }
+def frozen(
+  target: Params, vocabulary: jax.Array | None = None, *, whole: bool = False
+) -> Params:
+  """What drafts read of the target, or all of it, and their vocabulary."""
+  read = target
+  if not whole:
+    read = {
+      name: target[name] for name in ('embedding', 'head') if name in target
+    }
   if vocabulary is None:
     return {'target': read}
   return {'target': read, 'vocabulary': jnp.asarray(vocabulary, jnp.int32)}
@@ -44,6 +49,31 @@ def frozen(target: Params, vocabulary: jax.Array | None = None) -> Params:
 def widened(batch: Any) -> dict[str, jax.Array]:
   """Kept hidden states are float16; they are computed with in float32."""
   return {**batch, 'hidden': batch['hidden'].astype(jnp.float32)}
+
+
+def computed(loss: Loss, apply: ApplyFn) -> Loss:
+  """A loss of a draft whose batches need no `hidden`.
+
+  Where a batch has none, the target reads its tokens first, from which nothing
+  is learnt. On an accelerator that costs less than to keep and move its states.
+
+  Args:
+    loss: Reads `hidden`.
+    apply: The target, all of whose parameters are `frozen['target']`.
+  """
+
+  def with_states(params, frozen, batch):
+    return loss(params, frozen, completed(apply, frozen['target'], batch))
+
+  return with_states
+
+
+def completed(apply: ApplyFn, target: Params, batch: Any) -> Any:
+  """A batch with the target's states of its tokens, where it had none."""
+  if 'hidden' in batch:
+    return batch
+  output, _ = apply(target, batch['tokens'])
+  return {**batch, 'hidden': lax.stop_gradient(output.hidden)}
 
 
 def draft(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import types
 
 import jax
 import numpy as np
@@ -129,6 +131,51 @@ def test_sampled_answers_do_not_depend_on_the_batch():
 def test_equal_prompts_have_answers_of_their_own():
   made = answers.answer(_model(), [[5, 6]] * 3, slots=_SLOTS, temperature=1.0)
   assert len({tuple(text) for text in _written(made)}) == 3
+
+
+def test_states_need_not_be_kept():
+  lm = _stopping_model()
+  made = answers.answer(lm, _PROMPTS, slots=_SLOTS)
+  bare = answers.answer(lm, _PROMPTS, slots=_SLOTS, keep_hidden=False)
+  assert bare.hidden is None
+  assert _written(bare) == _written(made)
+
+
+def _talking_model():
+  """One for which many a token ends a question."""
+  return _model(tuple(range(100, 106)))
+
+
+def test_questions_are_what_the_model_goes_on_with_and_ends():
+  lm = _talking_model()
+  ask = functools.partial(answers.questions, lm, slots=64, seed=2)
+  found = list(itertools.islice(ask(batch=8), 12))
+  assert found == list(itertools.islice(ask(batch=5), 12))
+  assert found != list(itertools.islice(ask(batch=8, seed=3), 12))
+  chat = [{'role': 'user', 'content': 'x'}]
+  before = lm.tokenizer.apply_chat_template(chat).split('x')[0]
+  ids = lm.tokenizer.encode(before)
+  made = answers.answer(
+    lm, [ids] * 40, slots=64, temperature=1.0, seed=2, keep_hidden=False
+  )
+  right = [
+    lm.tokenizer.decode(text[:-1]).strip()
+    for text in _written(made)
+    if text[-1] in lm.tokenizer.stop_ids
+  ]
+  # Some rows fill up, and those are no questions.
+  assert len(right) < 40
+  assert found == [text for text in right if text][:12]
+
+
+def test_a_template_that_changes_questions_is_refused():
+  lm = _model()
+  loud = types.SimpleNamespace(
+    apply_chat_template=lambda chat: chat[0]['content'].upper()
+  )
+  lm = dataclasses.replace(lm, tokenizer=loud)
+  with pytest.raises(ValueError, match='changes questions'):
+    next(answers.questions(lm))
 
 
 def test_every_prompt_needs_room_for_an_answer():

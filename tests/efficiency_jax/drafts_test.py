@@ -14,6 +14,7 @@ import pytest
 import tokenizers
 
 from efficiency_jax import drafts
+from efficiency_jax import quantized_drafts
 from efficiency_jax import trees
 from efficiency_jax.decoding import dynamic_tree
 from efficiency_jax.io import arrays
@@ -78,6 +79,44 @@ def test_a_narrow_draft_is_saved_as_it_is(tmp_path):
   chex.assert_trees_all_equal(
     drafts.load(tmp_path / 'x', lm).params, expected, strict=True
   )
+
+
+def test_matrices_of_8_bits_are_those_of_w8a8(tmp_path):
+  lm = cases.language_model()
+  # Sides of 64 and 96 beside others of 16.
+  wide = dataclasses.replace(lm.config, width=64, ffn_width=96)
+  lm = dataclasses.replace(lm, config=wide, params=fixtures.params(wide))
+  draft = _rounded(cases.eagle_draft(lm, layers=(1,)))
+  drafts.save(tmp_path / '16', draft, lm=lm, card={})
+  drafts.save(tmp_path / '8', draft, lm=lm, card={}, bits=8)
+  sizes = [(tmp_path / name).stat().st_size for name in ('8', '16')]
+  assert sizes[0] < 0.62 * sizes[1]
+  loaded = drafts.load(tmp_path / '8', lm)
+  rounded = 0
+  for (name, got), (_, right) in zip(
+    trees.leaves(loaded.params), trees.leaves(draft.params), strict=True
+  ):
+    if right.ndim == 2 and min(right.shape) >= 64:
+      half = np.abs(right).max(0) / 127 / 2
+      assert (np.abs(got - right) <= 1.001 * half).all(), name
+      assert (got != right).any()
+      rounded += 1
+    else:
+      np.testing.assert_array_equal(got, right)
+  assert rounded == 4
+  narrow = [
+    quantized_drafts.quantize(x, lm, 'W8A8').params['gather']['kernel']
+    for x in (draft, loaded)
+  ]
+  np.testing.assert_array_equal(narrow[0].values, narrow[1].values)
+  np.testing.assert_allclose(narrow[0].scales, narrow[1].scales, rtol=1e-6)
+
+
+def test_other_numbers_of_bits_are_refused(tmp_path):
+  lm = cases.language_model()
+  with pytest.raises(ValueError, match='bits must be 8 or 16, got 4'):
+    drafts.save(tmp_path / 'x', cases.eagle_draft(lm), lm=lm, card={}, bits=4)
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

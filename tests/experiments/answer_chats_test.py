@@ -2,6 +2,7 @@
 
 import json
 
+import ml_collections
 import numpy as np
 import pytest
 
@@ -77,6 +78,52 @@ def test_coverage_is_the_probability_of_the_vocabulary(tiny_answers):
   p = np.exp(np.asarray(logits, float))
   p /= p.sum(-1, keepdims=True)
   np.testing.assert_allclose(found, p[..., vocabulary].sum(-1), rtol=1e-5)
+
+
+def test_states_that_were_not_kept_are_computed(tiny_answers, tmp_path):
+  _start(tmp_path / 'bare', '--config.keep_hidden=False')
+  lm = untrained.language_model()
+  config = ml_collections.ConfigDict({'answers': '', 'vocabulary': 20})
+  found = {}
+  for folder in (tiny_answers, tmp_path / 'bare'):
+    config.answers = str(folder)
+    found[folder.name] = answer_files.for_drafts(lm, config)
+  (kept, vocabulary), (bare, same) = found.values()
+  np.testing.assert_array_equal(vocabulary, same)
+  assert 'hidden' not in bare['train']
+  np.testing.assert_array_equal(
+    bare['train']['tokens'], kept['train']['tokens']
+  )
+  learnt = kept['validation']['loss_mask'] > 0
+  for name in ('hidden', 'coverage'):
+    np.testing.assert_allclose(
+      bare['validation'][name][learnt],
+      kept['validation'][name][learnt].astype(np.float32),
+      rtol=5e-3,
+      atol=5e-3,
+    )
+  # A draft that sees inner layers finds none of them in what was kept.
+  config.answers = str(tiny_answers)
+  inner, _ = answer_files.for_drafts(lm, config, layers=(0,))
+  assert 'hidden' not in inner['train']
+  hidden = inner['validation']['hidden']
+  assert hidden.shape[-1] == 2 * lm.config.width
+  np.testing.assert_allclose(
+    hidden[..., : lm.config.width], bare['validation']['hidden'], atol=1e-5
+  )
+
+
+def test_folders_with_commas_are_read_one_after_another(tiny_answers):
+  once = answer_files.load(tiny_answers, 'train')
+  twice = answer_files.load(f'{tiny_answers},{tiny_answers}', 'train')
+  np.testing.assert_array_equal(twice.tokens, np.concatenate([once.tokens] * 2))
+
+
+def test_a_model_answers_its_own_questions(tmp_path, capsys):
+  flags = '--config.chats=own', '--config.num_own=24'
+  _start(tmp_path / 'own', *flags, '--config.num_train=4')
+  made = answer_files.load(tmp_path / 'own', 'train')
+  assert len(made.tokens) == 4
 
 
 def test_answers_that_are_not_there(tmp_path):

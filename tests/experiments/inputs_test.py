@@ -32,3 +32,18 @@ def test_weights_are_stored_by_a_recipe():
 def test_what_cannot_be_stored_is_refused(recipe, message):
   with pytest.raises(ValueError, match=message):
     inputs.load_model(_config(weights=recipe))
+
+
+def test_some_prompts_are_taken_from_all_over_a_set():
+  config = _config(
+    inline=tuple(f'{i} ' * (9 if i == 3 else 1) for i in range(11)),
+    max_prompt_tokens=40,
+    num_prompts=0,
+  )
+  lm = inputs.load_model(config)
+  names = lambda: [p.name for p, _ in inputs.load_prompts(lm, config, 'inline')]
+  fit = names()
+  config.num_prompts = 5
+  assert names() == fit[:: len(fit) // 5][:5]
+  for config.num_prompts in (len(fit), 99):
+    assert names() == fit

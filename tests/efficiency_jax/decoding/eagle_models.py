@@ -57,13 +57,12 @@ def head(weights: drafters.Weights):
 def recomputed(form: eagle.Form, state: speculative.State):
   """Cache and features of the draft, from the text and nothing else."""
   both = weights(form)
-  apply = jax.jit(transformer.apply_fn(form.target))
+  apply = jax.jit(transformer.apply_fn(form.target, layers=form.layers))
   hidden = apply(both.target, state.tokens)[0].hidden
   features = jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
   cache = jax.tree.map(jnp.zeros_like, state.draft.cache)
-  _, cache = _apply(form)(
-    both.draft, both.target, state.tokens, features, cache
-  )
+  read = eagle.gathered(form, both.draft, both.target, features)
+  _, cache = _apply(form)(both.draft, both.target, state.tokens, read, cache)
   return cache, features
 
 
@@ -76,7 +75,10 @@ def scores_after(form: eagle.Form, state, features, row: int, text, known: int):
   both = weights(form)
   tokens = np.zeros((1, 12), np.int32)
   tokens[0, : len(text)] = text
-  before = np.array(features[row : row + 1, :12])
+  before = eagle.gathered(
+    form, both.draft, both.target, features[row : row + 1, :12]
+  )
+  before = np.array(before)
   for place in range(known - 1, len(text)):
     empty = jax.tree.map(lambda x: jnp.zeros_like(x[:1]), state.draft.cache)
     own, _ = _apply(form)(both.draft, both.target, tokens, before, empty)

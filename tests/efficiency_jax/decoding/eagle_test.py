@@ -28,12 +28,12 @@ _TREE = token_tree.from_choices(
   [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (1, 0, 1), (1, 0, 0)]
 )
 _WHOLE = eagle.Form(target=_TARGET)
-_REDUCED = eagle.Form(target=_TARGET, vocabulary=8, ffn_width=20)
+_REDUCED = eagle.Form(target=_TARGET, vocabulary=8, ffn_width=20, layers=(1, 0))
 
 
 def _decoder(form, verifier, lengths, trees=(_TREE,)):
   return speculative.Decoder(
-    apply=transformer.apply_fn(form.target),
+    apply=transformer.apply_fn(form.target, layers=form.layers),
     drafter=eagle.Eagle(form=form, trees=trees),
     verifier=verifiers.named(verifier),
     schedule=schedule.Schedule(lengths=lengths),
@@ -275,7 +275,42 @@ def test_the_draft_is_one_layer_and_has_no_table_of_its_own():
   assert (begun['final_norm']['scale'] != params['final_norm']['scale']).any()
 
 
+@pytest.mark.parametrize('every', [False, True])
+def test_gathered_states_are_their_formula(every):
+  target = fixtures.every_option() if every else fixtures.config()
+  form = eagle.Form(target=target, layers=(1, 0))
+  weights = eagle_models.weights(form)
+  assert weights.draft['gather']['kernel'].shape == (32, 16)
+  hidden = np.random.default_rng(0).standard_normal((3, 48))
+  hidden[1] = 0
+  found = eagle.gathered(
+    form, weights.draft, weights.target, jnp.asarray(hidden, jnp.float32)
+  )
+  right = hidden[:, :16].copy()
+  kernel = np.asarray(weights.draft['gather']['kernel'], float)
+  for place, layer in ((1, 1), (2, 0)):
+    x = hidden[:, 16 * place : 16 * place + 16]
+    scale = weights.target[f'layers_{layer}']['attention_norm']['scale']
+    scale = np.asarray(scale, float) + target.norm_plus_one
+    square = (x**2).mean(-1, keepdims=True)
+    normed = x / np.sqrt(square + target.norm_epsilon) * scale
+    right += normed @ kernel[16 * (place - 1) : 16 * place]
+  np.testing.assert_allclose(found, right, atol=1e-5)
+  assert not np.asarray(found[1]).any()
+
+
+def test_inner_states_add_nothing_at_first():
+  form = eagle.Form(target=_TARGET, layers=(1,))
+  target = fixtures.params(_TARGET)
+  params = eagle.init(form, jax.random.key(0), target)
+  hidden = jnp.asarray(np.random.default_rng(0).standard_normal((2, 32)))
+  found = eagle.gathered(form, params, target, hidden)
+  np.testing.assert_array_equal(found, hidden[:, :16])
+
+
 def test_what_does_not_fit_is_refused():
+  with pytest.raises(ValueError, match=r'layers must be in 0\.\.1, got 2'):
+    eagle.Form(target=_TARGET, layers=(2,))
   with pytest.raises(ValueError, match='differ in size'):
     eagle.Eagle(form=_WHOLE, trees=(_TREE, _TREE))
   with pytest.raises(ValueError, match="verifier 'block' takes no trees"):

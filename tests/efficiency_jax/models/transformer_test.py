@@ -217,12 +217,35 @@ def test_jit_and_vmap_change_nothing():
 
 
 def test_equal_configs_give_one_function():
-  assert transformer.apply_fn(fixtures.every_option()) is transformer.apply_fn(
-    fixtures.every_option()
-  )
+  apply = transformer.apply_fn(fixtures.every_option())
+  assert apply is transformer.apply_fn(fixtures.every_option())
+  assert apply is transformer.apply_fn(fixtures.every_option(), layers=())
   assert transformer.apply_fn(fixtures.config()) is not transformer.apply_fn(
     fixtures.config(vocab_size=12)
   )
+
+
+@pytest.mark.parametrize('config', [fixtures.config(), fixtures.every_option()])
+def test_states_hold_what_inner_blocks_read(config):
+  params, tokens = fixtures.params(config), jnp.asarray(_TOKENS)
+  apply = transformer.apply_fn(config, layers=(1, 0))
+  assert apply is transformer.apply_fn(config, layers=(1, 0))
+  final = jax.jit(transformer.apply_fn(config))(params, tokens)[0]
+  start = transformer.embed_fn(config)(params, tokens)
+  block = jax.jit(transformer.block_fn(config, 0))
+  right = [final.hidden, block(params['layers_0'], start), start]
+  right = np.concatenate(right, axis=-1)
+  apply = jax.jit(apply)
+  whole, _ = apply(params, tokens)
+  np.testing.assert_allclose(whole.hidden, right, atol=1e-5)
+  np.testing.assert_allclose(whole.logits, final.logits, atol=1e-5)
+  cached, _ = apply(params, tokens, kv_cache.init(config, 2, tokens.shape[1]))
+  np.testing.assert_allclose(cached.hidden, right, atol=1e-4)
+
+
+def test_a_block_that_is_not_there_is_refused():
+  with pytest.raises(ValueError, match=r'layers must be in 0\.\.1, got 2'):
+    transformer.apply_fn(fixtures.config(), layers=(0, 2))
 
 
 def test_parameters_are_initialized_as_documented():

@@ -74,6 +74,39 @@ def test_a_vocabulary_is_frozen_beside_them():
   assert read['vocabulary'].tolist() == [3, 1, 2]
 
 
+def test_a_whole_target_is_frozen_where_its_states_are_computed():
+  target = fixtures.params(fixtures.config())
+  read = objectives.frozen(target, np.array([3]), whole=True)
+  assert read['target'] is target
+  assert read['vocabulary'].tolist() == [3]
+
+
+def test_computed_states_are_those_of_the_target_and_take_no_gradients():
+  config = fixtures.config()
+  target = fixtures.params(config)
+  apply = transformer.apply_fn(config, layers=(1,))
+  tokens = jnp.asarray([[1, 2, 3]])
+  hidden = jax.jit(apply)(target, tokens)[0].hidden
+
+  def loss(params, frozen, batch):
+    del frozen
+    return (params * batch['hidden']).sum(), {}
+
+  @jax.jit
+  def slopes(params, target, batch):
+    value = lambda *x: objectives.computed(loss, apply)(*x, batch)[0]
+    return jax.grad(value, argnums=(0, 1))(params, {'target': target})
+
+  own, foreign = slopes(1.0, target, {'tokens': tokens})
+  np.testing.assert_allclose(own, hidden.sum(), rtol=1e-4)
+  assert not any(np.asarray(x).any() for x in jax.tree.leaves(foreign))
+  # What was kept is taken as it is.
+  own, _ = slopes(
+    1.0, target, {'tokens': tokens, 'hidden': jnp.ones((1, 3, 2))}
+  )
+  assert own == 6
+
+
 def test_the_loss_is_that_of_eagle_training_with_every_option():
   form, params, weights, batch = _problem(tie_embeddings=False)
   vocabulary = weights.draft['vocabulary']
