@@ -151,7 +151,8 @@ def questions(
     seed: Of the questions.
 
   Raises:
-    ValueError: The chat template does not hold the question as it is.
+    ValueError: The chat template does not hold the question as it is, or none
+      of a batch of questions came to an end.
   """
   chat = [{'role': 'user', 'content': _MARK}]
   before, mark, _ = lm.tokenizer.apply_chat_template(chat).partition(_MARK)
@@ -169,9 +170,15 @@ def questions(
       first_row=first,
       keep_hidden=False,
     )
-    for row, length in zip(made.tokens, made.length, strict=True):
-      if row[length - 1] in lm.tokenizer.stop_ids:
-        text = lm.tokenizer.decode(row[len(ids) : length - 1].tolist()).strip()
-        if text:
-          yield text
+    found = [
+      lm.tokenizer.decode(row[len(ids) : length - 1].tolist()).strip()
+      for row, length in zip(made.tokens, made.length, strict=True)
+      if row[length - 1] in lm.tokenizer.stop_ids
+    ]
+    if not found:
+      raise ValueError(
+        f'{lm.name} ended none of {batch} questions within {slots} tokens:'
+        ' take a chat model, or more slots.'
+      )
+    yield from filter(None, found)
     first += batch

@@ -109,7 +109,8 @@ def card(
 ) -> dict[str, str]:
   """What a file of a trained draft says of itself."""
   learnt = int(arrays['loss_mask'].sum())
-  answers = pathlib.Path(workdir.config['answers']) / 'config.json'
+  folders = map(pathlib.Path, workdir.config['answers'].split(','))
+  made = [folder / 'config.json' for folder in folders]
   numbers = [
     {k: round(v, 4) for k, v in row.items() if isinstance(v, float)}
     for row in rows
@@ -118,7 +119,9 @@ def card(
     'command': workdir.command,
     'config': json.dumps(workdir.config),
     'data': f'{len(arrays["tokens"])} answers of the target, {learnt} tokens',
-    'answers': answers.read_text(encoding='utf-8') if answers.exists() else '',
+    'answers': '\n'.join(
+      path.read_text(encoding='utf-8') for path in made if path.exists()
+    ),
     'steps': str(steps(result)),
     'validation': json.dumps(numbers),
     'licence': 'Apache-2.0',

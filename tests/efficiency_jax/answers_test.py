@@ -168,6 +168,12 @@ def test_questions_are_what_the_model_goes_on_with_and_ends():
   assert found == [text for text in right if text][:12]
 
 
+def test_a_model_that_ends_no_question_is_refused():
+  message = 'ended none of 3 questions within 48 tokens'
+  with pytest.raises(ValueError, match=message):
+    next(answers.questions(_model(), slots=48, batch=3))
+
+
 def test_a_template_that_changes_questions_is_refused():
   lm = _model()
   loud = types.SimpleNamespace(

@@ -1,6 +1,7 @@
 """The one matrix product."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,21 @@ from efficiency_jax.quantization.codebooks import Codes
 from efficiency_jax.quantization.gobo import Gobo
 from efficiency_jax.quantization.number_formats import Floats
 
+_linear = jax.jit(linear.linear)
+_logits = jax.jit(linear.logits_from_table)
+_embed = jax.jit(linear.embed)
+_rows_of_table = jax.jit(linear.rows_of_table)
+_dequantize = jax.jit(leaves.dequantize)
+
+
+def _normal(seed, *shape):
+  return np.float32(np.random.default_rng(seed).standard_normal(shape))
+
 
 def _arrays(dtype, rows=3):
+  shapes = (rows, 32), (32, 24), (24,)
   x, kernel, bias = (
-    jax.random.normal(jax.random.key(i), shape).astype(dtype)
-    for i, shape in enumerate([(rows, 32), (32, 24), (24,)])
+    _normal(i, *shape).astype(dtype) for i, shape in enumerate(shapes)
   )
   return x, kernel, bias
 
@@ -28,9 +39,9 @@ def test_linear_is_the_product_rounded_once(dtype):
   x, kernel, bias = _arrays(dtype)
   exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
   exact = exact + np.asarray(bias, np.float64)
-  got = jax.jit(linear.linear)(x, kernel, bias)
+  got = _linear(x, kernel, bias)
   assert got.dtype == dtype
-  rounded = jnp.asarray(exact, jnp.float32).astype(dtype)
+  rounded = np.float32(exact).astype(dtype)
   # One unit in the last place of the result: sums are in float32.
   np.testing.assert_allclose(
     np.asarray(got, np.float64),
@@ -38,48 +49,45 @@ def test_linear_is_the_product_rounded_once(dtype):
     rtol=float(jnp.finfo(dtype).eps),
     atol=1e-5,
   )
-  without = linear.linear(x, kernel)
+  without = _linear(x, kernel)
   np.testing.assert_array_equal(
-    without, linear.linear(x, kernel, jnp.zeros_like(bias))
+    without, _linear(x, kernel, np.zeros_like(bias))
   )
 
 
 def test_leading_axes_are_kept():
   x, kernel, _ = _arrays(jnp.float32, rows=6)
-  y = linear.linear(x.reshape(2, 3, 32), kernel)
+  y = np.asarray(_linear(x.reshape(2, 3, 32), kernel))
   assert y.shape == (2, 3, 24)
-  np.testing.assert_allclose(
-    y.reshape(6, 24), linear.linear(x, kernel), rtol=1e-6
-  )
+  np.testing.assert_allclose(y.reshape(6, 24), _linear(x, kernel), rtol=1e-6)
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_one_row_alone_is_one_of_two(dtype):
   """The padding that keeps narrow weights narrow changes no bit."""
   x, kernel, _ = _arrays(dtype, rows=2)
-  for product in (linear.linear, lambda x, k: linear.logits_from_table(x, k.T)):
-    product = jax.jit(product)
+  for product in (_linear, lambda x, k: _logits(x, k.T)):
     both, alone = product(x, kernel), product(x[:1], kernel)
     assert alone.shape == (1, 24)
     if dtype == jnp.bfloat16:
-      np.testing.assert_array_equal(alone, both[:1])
+      np.testing.assert_array_equal(alone, np.asarray(both)[:1])
     else:
-      np.testing.assert_allclose(alone, both[:1], atol=1e-5)
+      np.testing.assert_allclose(alone, np.asarray(both)[:1], atol=1e-5)
 
 
 def test_one_narrow_row_converts_no_weight():
   x, kernel, _ = _arrays(jnp.bfloat16, rows=1)
-  program = jax.jit(linear.linear).lower(x, kernel).compile().as_text()
+  program = _linear.lower(x, kernel).compile().as_text()
   assert 'f32[32,24]' not in program
 
 
 def test_logits_score_every_row_of_the_table_in_float32():
   x, kernel, _ = _arrays(jnp.bfloat16)
-  logits = linear.logits_from_table(x[None], kernel.T)
+  logits = _logits(x[None], kernel.T)
   assert logits.shape == (1, 3, 24)
   assert logits.dtype == jnp.float32
   exact = np.asarray(x, np.float32) @ np.asarray(kernel, np.float32)
-  np.testing.assert_allclose(logits[0], exact, atol=1e-4)
+  np.testing.assert_allclose(np.asarray(logits)[0], exact, atol=1e-4)
 
 
 def test_embedding_takes_rows():
@@ -94,10 +102,11 @@ def test_embedding_takes_rows():
 def test_one_row_is_the_same_product_in_parts(width):
   rng = np.random.default_rng(width)
   row, weight = rng.standard_normal((1, width)), rng.standard_normal((width, 5))
-  got = jax.jit(linear.linear)(jnp.float32(row), jnp.float32(weight))
+  row, weight = np.float32(row), np.float32(weight)
+  got = _linear(row, weight)
   np.testing.assert_allclose(got, row @ weight, rtol=1e-5, atol=1e-6)
   # Twice the row is not one row: the ordinary product.
-  both = linear.linear(jnp.float32([row[0], row[0]]), jnp.float32(weight))
+  both = np.asarray(_linear(np.concatenate([row, row]), weight))
   np.testing.assert_allclose(both[:1], got, rtol=1e-5, atol=1e-6)
 
 
@@ -127,35 +136,42 @@ _METHODS = {
 }
 
 
-def _matrix(rows=64, columns=48, seed=0):
-  return jax.random.normal(jax.random.key(seed), (rows, columns))
+@functools.cache
+def _quantized(method):
+  """A weight of a method, and the matrix that it stands for."""
+  quantize = _METHODS[method]
+  if isinstance(quantize, Integers | Codes):  # others look at the values
+    quantize = jax.jit(quantize.__call__)
+  q = quantize(_normal(0, 64, 48))
+  return q, np.asarray(_dequantize(q))
 
 
-@pytest.mark.parametrize('method', _METHODS.values(), ids=_METHODS)
+@pytest.mark.parametrize('method', _METHODS)
 @pytest.mark.parametrize('rows', [1, 3, 40])
 def test_a_quantized_weight_multiplies_as_the_weight_it_stands_for(
   method, rows
 ):
-  q = method(_matrix())
-  x = jax.random.normal(jax.random.key(1), (rows, 64))
-  got = jax.jit(linear.linear)(x, q)
-  exact = np.asarray(x, np.float64) @ np.asarray(leaves.dequantize(q))
-  np.testing.assert_allclose(got, exact, atol=1e-4)
-  # As a table its transpose scores, and rows are looked up.
+  q, matrix = _quantized(method)
+  x = _normal(1, rows, 64)
   table = dataclasses.replace(q, transposed=True)
-  np.testing.assert_allclose(
-    linear.logits_from_table(x, table), exact, atol=1e-4
-  )
-  tokens = jnp.array([[5, 0], [47, 5]])
-  np.testing.assert_array_equal(
-    linear.embed(tokens, table), leaves.dequantize(table)[tokens]
-  )
+
+  @jax.jit
+  def products(x, q, table):
+    return linear.linear(x, q), linear.logits_from_table(x, table)
+
+  product, logits = products(x, q, table)
+  exact = x.astype(np.float64) @ matrix
+  np.testing.assert_allclose(product, exact, atol=1e-4)
+  # As a table its transpose scores, and rows are looked up.
+  np.testing.assert_allclose(logits, exact, atol=1e-4)
+  whole = np.asarray(_dequantize(table))
+  tokens = np.array([[5, 0], [47, 5]])
+  np.testing.assert_array_equal(_embed(tokens, table), whole[tokens])
   if q.outliers is None:
-    few = linear.rows_of_table(table, jnp.array([5, 47]))
+    index = np.array([5, 47])
+    few = _rows_of_table(table, index)
     assert isinstance(few, leaves.QTensor)
-    np.testing.assert_array_equal(
-      leaves.dequantize(few), leaves.dequantize(table)[np.array([5, 47])]
-    )
+    np.testing.assert_array_equal(_dequantize(few), whole[index])
 
 
 @pytest.mark.parametrize('bits', [4, 8])
@@ -164,47 +180,51 @@ def test_a_quantized_weight_multiplies_as_the_weight_it_stands_for(
 def test_integers_multiply_integers(bits, per, weights):
   """(q_x s_x) @ w', with the scale of a row of x or of all of it."""
   activation = leaves.Activation(bits=bits, per=per)
-  q = dataclasses.replace(_METHODS[weights], activation=activation)(_matrix())
-  x = jax.random.normal(jax.random.key(1), (3, 64)) * np.array([[1], [2], [9]])
+  plain, matrix = _quantized(weights)
+  q = dataclasses.replace(plain, activation=activation)
+  x = _normal(1, 3, 64) * np.float32([[1], [2], [9]])
   largest = 2 ** (bits - 1) - 1
   axes = 1 if per == 'row' else (0, 1)
   scales = np.abs(np.asarray(x)).max(axes, keepdims=True) / largest
   rounded = np.round(np.asarray(x) / scales) * scales
-  expected = rounded @ np.asarray(leaves.dequantize(q))
-  got = jax.jit(linear.linear)(x, q)
+  expected = rounded @ matrix
+  got = np.asarray(_linear(x, q))
   np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-3)
   # That is not the product of floats.
-  plain = linear.linear(x, dataclasses.replace(q, activation=None))
-  assert np.abs(got - plain).max() > 1e-3
+  assert np.abs(got - np.asarray(_linear(x, plain))).max() > 1e-3
 
 
 def test_a_calibrated_scale_of_x_is_used_as_it_is_and_clips():
-  q = Integers(activation=leaves.Activation())(_matrix())
-  x = jnp.ones((2, 64)).at[1, 3].set(100.0)
-  static = dataclasses.replace(q, x_scale=jnp.float32(0.1))
-  clipped = np.minimum(np.asarray(x), 12.7)
-  np.testing.assert_allclose(
-    linear.linear(x, static), clipped @ leaves.dequantize(q), rtol=1e-4
-  )
+  q, matrix = _quantized('int8')
+  q = dataclasses.replace(q, activation=leaves.Activation())
+  x = np.ones((2, 64), np.float32)
+  x[1, 3] = 100
+  static = dataclasses.replace(q, x_scale=np.float32(0.1))
+  clipped = np.minimum(x, 12.7)
+  np.testing.assert_allclose(_linear(x, static), clipped @ matrix, rtol=1e-4)
 
 
 def test_outlying_columns_of_x_are_multiplied_in_floats():
-  q = Integers(activation=leaves.Activation(threshold=6.0))(_matrix())
-  x = jax.random.normal(jax.random.key(1), (4, 64)).at[2, 7].set(80.0)
-  exact = np.asarray(x) @ np.asarray(leaves.dequantize(q))
-  kept = np.abs(linear.linear(x, q) - exact).mean()
-  without = dataclasses.replace(q, activation=leaves.Activation())
-  lost = np.abs(linear.linear(x, without) - exact).mean()
+  q, matrix = _quantized('int8')
+  x = _normal(1, 4, 64)
+  x[2, 7] = 80
+
+  def error(activation):
+    got = _linear(x, dataclasses.replace(q, activation=activation))
+    return np.abs(np.asarray(got) - x @ matrix).mean()
+
+  kept = error(leaves.Activation(threshold=6.0))
+  lost = error(leaves.Activation())
   assert kept < lost / 3
 
 
 def test_inputs_are_scaled_first():
-  q = Integers()(_matrix())
-  scales = jnp.linspace(0.5, 2, 64)
-  x = jax.random.normal(jax.random.key(1), (4, 64))
+  q, _ = _quantized('int8')
+  scales = np.linspace(0.5, 2, 64, dtype=np.float32)
+  x = _normal(1, 4, 64)
   np.testing.assert_allclose(
-    linear.linear(x, dataclasses.replace(q, input_scales=scales)),
-    linear.linear(x * scales, q),
+    _linear(x, dataclasses.replace(q, input_scales=scales)),
+    _linear(x * scales, q),
     atol=1e-5,
   )
 
@@ -212,12 +232,18 @@ def test_inputs_are_scaled_first():
 @pytest.mark.parametrize('method', ['int4', 'int5', 'NF4', 'GOBO'])
 def test_gradients_reach_x_through_a_quantized_weight(method):
   """What LoRA over a quantized model needs."""
-  q = _METHODS[method](_matrix())
-  x = jax.random.normal(jax.random.key(1), (3, 64))
-  pull = jax.random.normal(jax.random.key(2), (3, 48))
+  q, matrix = _quantized(method)
+  x, pull = _normal(1, 3, 64), _normal(2, 3, 48)
   loss = lambda x: jnp.sum(linear.linear(x, q) * pull)
-  expected = np.asarray(pull) @ np.asarray(leaves.dequantize(q)).T
-  np.testing.assert_allclose(jax.grad(loss)(x), expected, atol=1e-4)
+  got = jax.jit(jax.grad(loss))(x)
+  np.testing.assert_allclose(got, pull @ matrix.T, atol=1e-4)
+
+
+def _weight_and_rows_of_peers():
+  return (
+    np.array(jax.random.normal(jax.random.key(seed), shape))
+    for seed, shape in enumerate([(256, 128), (6, 256)])
+  )
 
 
 @pytest.mark.peers
@@ -226,7 +252,7 @@ def test_dynamic_int8_is_that_of_torchao():
   import torch
   from torchao import quantization as torchao
 
-  w, x = np.array(_matrix(256, 128)), np.array(_matrix(6, 256, seed=1))
+  w, x = _weight_and_rows_of_peers()
   layer = torch.nn.Sequential(torch.nn.Linear(256, 128, bias=False))
   layer[0].weight.data = torch.tensor(w.T.copy())
   torchao.quantize_(layer, torchao.Int8DynamicActivationInt8WeightConfig())
@@ -245,7 +271,7 @@ def test_outlier_decomposition_is_that_of_bitsandbytes():
   from bitsandbytes import functional as bnb
   import torch
 
-  w, x = np.array(_matrix(256, 128)), np.array(_matrix(6, 256, seed=1))
+  w, x = _weight_and_rows_of_peers()
   x[2, 7], x[4, 100] = 60.0, -9.0
   half = torch.tensor(x, dtype=torch.float16)
   _, _, columns = bnb.int8_vectorwise_quant(half, threshold=6.0)

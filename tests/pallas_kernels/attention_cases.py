@@ -1,11 +1,17 @@
 """Inputs of attention, and its results in float64 from the definition."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import masks
+from pallas_kernels.attention import api
 
 TILE = (16, 16)
+# Options whose values a compiled program takes; the others make another one.
+LIMITS = ('offset', 'kv_length', 'q_segments', 'kv_segments')
 
 
 def make(
@@ -23,28 +29,96 @@ def make(
   rng = np.random.default_rng(seed)
   (n, m), (h, kh), (d, dv) = sizes, heads, widths
   q, k, v = (
-    jnp.asarray(rng.standard_normal(shape), dtype)
+    rng.standard_normal(shape).astype(dtype)
     for shape in ((2, n, h, d), (2, m, kh, d), (2, m, kh, dv))
   )
   for name in ('offset', 'kv_length'):
     if isinstance(options.get(name), tuple):
-      options[name] = jnp.asarray(options[name])
+      options[name] = np.asarray(options[name], np.int32)
   if segments:
-    options['q_segments'] = jnp.asarray(rng.integers(0, segments, (2, n)))
-    options['kv_segments'] = jnp.asarray(rng.integers(0, segments, (2, m)))
+    options['q_segments'] = np.int32(rng.integers(0, segments, (2, n)))
+    options['kv_segments'] = np.int32(rng.integers(0, segments, (2, m)))
   if tiles is not None:
     options['tiles'] = masks.Tiles(tile, tiles)
   return (q, k, v), options
 
 
+def _outputs(arrays, limits, implementation, options):
+  return api.attention(
+    *arrays, implementation=implementation, **limits, **dict(options)
+  )
+
+
+def _and_gradients(arrays, limits, cotangents, implementation, options):
+  run = lambda *a: _outputs(a, limits, implementation, options)
+  outputs, pull_back = jax.vjp(run, *arrays)
+  if cotangents is None:
+    cotangents = jax.tree.map(jnp.ones_like, outputs)
+  return *outputs, *pull_back(cotangents)
+
+
+# One program of a case; what tests patch must not change within a module.
+_compile = functools.partial(
+  jax.jit, static_argnames=('implementation', 'options')
+)
+_outputs_program = _compile(_outputs)
+_and_gradients_program = _compile(_and_gradients)
+# A TPU will not run what LLVM makes of its kernels here: no effort on it. What
+# they hand to each other is rounded as it is in memory.
+_interpreted_program = _compile(
+  _and_gradients,
+  compiler_options={
+    'xla_backend_optimization_level': 0,
+    'xla_allow_excess_precision': False,
+  },
+)
+
+
+def _split(options):
+  limits = {name: options[name] for name in LIMITS if name in options}
+  static = tuple(pair for pair in options.items() if pair[0] not in limits)
+  return limits, static
+
+
+def outputs(implementation, arrays, options):
+  """Out and lse."""
+  limits, static = _split(options)
+  return _outputs_program(arrays, limits, implementation, static)
+
+
+def outputs_and_gradients(implementation, arrays, options, cotangents=None):
+  """Out, lse and the gradients of q, k and v; of ones, without cotangents."""
+  limits, static = _split(options)
+  if cotangents is not None:
+    d_out, d_lse = cotangents
+    cotangents = d_out.astype(arrays[0].dtype), d_lse.astype(np.float32)
+  program = _and_gradients_program
+  if implementation == 'interpreted':
+    program = _interpreted_program
+  return program(arrays, limits, cotangents, implementation, static)
+
+
+def cotangents(arrays, seed=9):
+  """Random float64 numbers, of out and of lse."""
+  rng = np.random.default_rng(seed)
+  (batch, size, heads, _), width = arrays[0].shape, arrays[2].shape[-1]
+  return (
+    rng.standard_normal((batch, size, heads, width)),
+    rng.standard_normal((batch, heads, size)),
+  )
+
+
 def mask(n, m, options):
   """The definition, one pair at a time."""
   seen = np.zeros((2, n, m), bool)
-  get = lambda name, b: np.broadcast_to(options.get(name, 0), (2,))[b]
+  offset, kv_length = (
+    np.broadcast_to(options.get(name, 0), (2,)).tolist()
+    for name in ('offset', 'kv_length')
+  )
   tiles = options.get('tiles')
   for b, i, j in np.ndindex(seen.shape):
-    position = i + get('offset', b)
-    sees = 'kv_length' not in options or j < get('kv_length', b)
+    position = i + offset[b]
+    sees = 'kv_length' not in options or j < kv_length[b]
     if options.get('causal'):
       sees = sees and j <= position
     if options.get('window'):

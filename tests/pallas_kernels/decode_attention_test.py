@@ -20,6 +20,7 @@ from pallas_kernels.decode_attention import mosaic_tpu
 RUNNABLE = ('reference', 'blockwise', 'interpreted') + (
   () if llvm_cpu.missing() else ('llvm_cpu',)
 )
+INTERPRETED = functools.partial(mosaic_tpu.attention, interpret=True)
 #      0
 #     / \      A tree of tokens, by the parent of each.
 #    1   2
@@ -60,6 +61,7 @@ def small_blocks(monkeypatch):
   """Several blocks even of a small cache; Mosaic keeps its lanes of 128."""
   monkeypatch.setattr(blockwise, 'BLOCK', 16)
   monkeypatch.setattr(mosaic_tpu, 'BLOCKS', (128,))
+  monkeypatch.setitem(api.IMPLEMENTATIONS, 'interpreted', INTERPRETED)
 
 
 def _ancestors(parents=PARENTS):
@@ -85,32 +87,40 @@ def _case(
   """Random arrays, and the options of `api.decode_attention`."""
   rng = np.random.default_rng(seed)
   (h, kh), (d, dv) = heads, widths
-  q = jnp.asarray(rng.standard_normal((2, time, h, d)), dtype)
+  q = rng.standard_normal((2, time, h, d)).astype(dtype)
   shapes = (2, kh, slots, d), (2, kh, slots, dv)
   if int8:
-    k, v = (
-      jnp.asarray(rng.integers(-127, 128, shape), jnp.int8) for shape in shapes
-    )
+    k, v = (np.int8(rng.integers(-127, 128, shape)) for shape in shapes)
     for name in ('k_scales', 'v_scales'):
       scales = rng.uniform(0.001, 0.03, (2, kh, slots))
-      options[name] = jnp.asarray(scales, jnp.float32)
+      options[name] = np.float32(scales)
   else:
-    k, v = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+    k, v = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
   if tree:
-    options['ancestors'] = jnp.asarray(_ancestors(tree))
-  return (q, k, v, jnp.asarray(length, jnp.int32)), options
+    options['ancestors'] = _ancestors(tree)
+  return (q, k, v, np.asarray(length, np.int32)), options
+
+
+def _attention(arrays, others, name, options):
+  return api.decode_attention(
+    *arrays, implementation=name, **others, **dict(options)
+  )
+
+
+# One program of a case; what tests patch is the same for all in this module.
+_compile = functools.partial(jax.jit, static_argnames=('name', 'options'))
+_program = _compile(_attention)
+# A TPU will not run what LLVM makes of its kernel here: no effort on it.
+_interpreted_program = _compile(
+  _attention, compiler_options={'xla_backend_optimization_level': 0}
+)
 
 
 def _run(name, arrays, options):
-  call = lambda name: jax.jit(
-    lambda *a: api.decode_attention(*a, implementation=name, **options)
-  )(*arrays)
-  if name != 'interpreted':
-    return call(name)
-  interpreted = functools.partial(mosaic_tpu.attention, interpret=True)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(api.IMPLEMENTATIONS, 'blockwise', interpreted)
-    return call('blockwise')
+  others = {k: x for k, x in options.items() if isinstance(x, np.ndarray)}
+  static = tuple(pair for pair in options.items() if pair[0] not in others)
+  program = _interpreted_program if name == 'interpreted' else _program
+  return program(arrays, others, name, static)
 
 
 def _sees(b, t, slot, arrays, options):
@@ -186,10 +196,17 @@ def test_narrow_inputs_lose_no_more_than_a_product_of_that_dtype(dtype):
   arrays, options = _case(dtype=dtype, length=(256, 256), time=4)
   exact = _exact(arrays, options)
   q, k, v, _ = arrays
-  scores = jnp.einsum('bthd,bhsd->bhts', q, k).astype(jnp.float32) * 16**-0.5
-  mask = np.arange(256)[None] <= np.arange(252, 256)[:, None]
-  weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf)).astype(dtype)
-  same_dtype = jnp.einsum('bhts,bhsd->bthd', weights, v)
+
+  @functools.partial(
+    jax.jit, compiler_options={'xla_allow_excess_precision': False}
+  )
+  def plain(q, k, v):
+    scores = jnp.einsum('bthd,bhsd->bhts', q, k).astype(jnp.float32) * 16**-0.5
+    mask = np.arange(256)[None] <= np.arange(252, 256)[:, None]
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf)).astype(dtype)
+    return jnp.einsum('bhts,bhsd->bthd', weights, v)
+
+  same_dtype = plain(q, k, v)
   allowed = 2 * _error(same_dtype, exact[0])
   names = ('blockwise', 'interpreted')[: 2 if dtype == jnp.bfloat16 else 1]
   for name in names:
@@ -204,23 +221,25 @@ def test_narrow_inputs_lose_no_more_than_a_product_of_that_dtype(dtype):
 def test_what_unseen_slots_hold_does_not_matter(name, bad):
   (q, k, v, length), options = _case(time=3, window=50, length=(201, 0))
   clean = _run(name, (q, k, v, length), options)
-  slot = jnp.arange(256)
+  slot = np.arange(256)
   seen = (slot < 201) & (slot > 201 - 3 - 50)
-  unseen = ~jnp.stack([seen, jnp.zeros(256, bool)])[:, None, :, None]
-  k, v = (jnp.where(unseen, bad, x) for x in (k, v))
+  unseen = ~np.stack([seen, np.zeros(256, bool)])[:, None, :, None]
+  k, v = (np.where(unseen, np.float32(bad), x) for x in (k, v))
   for got, right in zip(_run(name, (q, k, v, length), options), clean):
     np.testing.assert_array_equal(got, right)
-  assert (clean[0][1] == 0).all()
-  assert jnp.isneginf(clean[1][1]).all()
+  assert (np.asarray(clean[0])[1] == 0).all()
+  assert np.isneginf(np.asarray(clean[1])[1]).all()
 
 
 @pytest.mark.parametrize('name', RUNNABLE)
 def test_what_unseen_scales_hold_does_not_matter(name):
   arrays, options = _case(int8=True, length=(201, 0))
   clean = _run(name, arrays, options)
-  unseen = jnp.arange(256)[None] >= arrays[3][:, None]
+  unseen = np.arange(256)[None] >= arrays[3][:, None]
   for scales in ('k_scales', 'v_scales'):
-    options[scales] = jnp.where(unseen[:, None], jnp.nan, options[scales])
+    options[scales] = np.where(
+      unseen[:, None], np.float32(np.nan), options[scales]
+    )
   for got, right in zip(_run(name, arrays, options), clean):
     np.testing.assert_array_equal(got, right)
 
@@ -229,7 +248,7 @@ def test_what_unseen_scales_hold_does_not_matter(name):
 def test_a_chain_is_the_tree_whose_tokens_are_each_others_children(name):
   arrays, _ = _case(time=6)
   chain = _run(name, arrays, {})
-  tree = _run(name, arrays, {'ancestors': jnp.tri(6, dtype=bool)})
+  tree = _run(name, arrays, {'ancestors': np.tri(6, dtype=bool)})
   for got, right in zip(tree, chain, strict=True):
     np.testing.assert_allclose(got, right, atol=1e-6)
 
@@ -238,17 +257,17 @@ def test_a_chain_is_the_tree_whose_tokens_are_each_others_children(name):
 def test_a_branch_of_a_tree_is_a_chain(name):
   """Each path from the root gives what decoding that path alone gives."""
   (q, k, v, length), options = _case(time=6, tree=PARENTS, length=(140, 37))
-  out, _ = _run(name, (q, k, v, length), options)
+  out = np.asarray(_run(name, (q, k, v, length), options)[0])
   for leaf in (3, 4, 5):
     path = np.flatnonzero(_ancestors()[leaf])
-    start = np.asarray(length) - 6
-    alone_k, alone_v = np.asarray(k).copy(), np.asarray(v).copy()
+    start = length - 6
+    alone_k, alone_v = k.copy(), v.copy()
     for b in range(2):
       for buffer, old in ((alone_k, k), (alone_v, v)):
         slots = start[b] + np.arange(len(path))
-        buffer[b][:, slots] = np.asarray(old)[b][:, start[b] + path]
-    arrays = q[:, path], jnp.asarray(alone_k), jnp.asarray(alone_v)
-    alone, _ = _run(name, (*arrays, jnp.asarray(start + len(path))), {})
+        buffer[b][:, slots] = old[b][:, start[b] + path]
+    arrays = q[:, path], alone_k, alone_v, start + len(path)
+    alone, _ = _run(name, arrays, {})
     np.testing.assert_allclose(out[:, path], alone, atol=2e-6)
 
 
@@ -271,7 +290,7 @@ def test_any_tree_and_any_size(time, slots, length, parents, **drawn):
     arrays, options = _case(time=time, slots=slots, length=length, **drawn)
     if parents is not None:
       chosen = [parents.randint(-1, node - 1) for node in range(time)]
-      options['ancestors'] = jnp.asarray(_ancestors(chosen))
+      options['ancestors'] = _ancestors(chosen)
     out, lse = _run('blockwise', arrays, options)
     exact = _exact(arrays, options)
     assert _error(out, exact[0]) < 4e-6
@@ -288,7 +307,7 @@ def test_vmap_jit_and_shards_give_the_same():
   )
   for got, whole in zip(jax.jit(each)(*arrays), right, strict=True):
     np.testing.assert_allclose(got, whole, atol=2e-6)
-  eight = [jnp.concatenate([x] * 4) for x in arrays]
+  eight = [np.concatenate([x] * 4) for x in arrays]
   mesh = sharding.Mesh(np.asarray(jax.devices()[:8]), ('data',))
   spec = sharding.PartitionSpec('data')
   sharded = jax.jit(
@@ -301,18 +320,22 @@ def test_vmap_jit_and_shards_give_the_same():
     )
   )(*eight)
   for got, whole in zip(sharded, right, strict=True):
-    np.testing.assert_allclose(got, jnp.concatenate([whole] * 4), atol=2e-6)
+    np.testing.assert_allclose(got, np.concatenate([whole] * 4), atol=2e-6)
 
 
 def test_results_over_parts_of_a_cache_merge():
   (q, k, v, length), _ = _case(time=1, length=(256, 200))
-  whole = api.decode_attention(q, k, v, length)
-  # One query sees every used slot, so parts need no shifted positions.
-  halves = [
-    api.decode_attention(q, k[:, :, :128], v[:, :, :128], length * 0 + 128),
-    api.decode_attention(q, k[:, :, 128:], v[:, :, 128:], length - 128),
-  ]
-  for got, right in zip(flash.merge(halves), whole, strict=True):
+
+  @jax.jit
+  def halves_and_whole(q, k, v, length):
+    # One query sees every used slot, so parts need no shifted positions.
+    halves = [
+      api.decode_attention(q, k[:, :, :128], v[:, :, :128], length * 0 + 128),
+      api.decode_attention(q, k[:, :, 128:], v[:, :, 128:], length - 128),
+    ]
+    return flash.merge(halves), api.decode_attention(q, k, v, length)
+
+  for got, right in zip(*halves_and_whole(q, k, v, length), strict=True):
     np.testing.assert_allclose(got, right, atol=2e-6)
 
 
@@ -358,9 +381,12 @@ def test_a_kernel_that_does_not_take_its_arguments_says_why():
     ({'softcap': -1.0}, 'softcap must be > 0'),
     ({'heads': (3, 2)}, '3 query heads cannot share 2 key heads'),
     ({'length': (3,)}, r'length must be \[B\] = \[2\]'),
-    ({'ancestors': jnp.ones((3, 3), bool)}, 'with T = 1, got'),
-    ({'ancestors': jnp.ones((1, 1))}, 'must be bool, got float32'),
-    ({'k_scales': jnp.ones((2, 2, 256))}, 'or neither does, got float32'),
+    ({'ancestors': np.ones((3, 3), bool)}, 'with T = 1, got'),
+    ({'ancestors': np.ones((1, 1), np.float32)}, 'must be bool, got float32'),
+    (
+      {'k_scales': np.ones((2, 2, 256), np.float32)},
+      'or neither does, got float32',
+    ),
     (
       {'int8': True, 'heads': (2, 1), 'slots': 16, 'v_scales': 0},
       r'scales must be \(2, 1, 16\), got \(\)',
@@ -371,7 +397,7 @@ def test_what_does_not_fit_is_refused(change, message):
   scales = change.pop('v_scales', None)
   arrays, options = _case(**change)
   if scales is not None:
-    options['v_scales'] = jnp.float32(scales)
+    options['v_scales'] = np.float32(scales)
   with pytest.raises(ValueError, match=message):
     api.decode_attention(*arrays, **options)
 

@@ -35,16 +35,15 @@ CASES = {
   'negative scale': {'sizes': (30, 70), 'widths': (16, 16), 'scale': -0.3},
 }
 _run = functools.partial(api.attention, implementation='llvm_cpu')
+_both = functools.partial(cases.outputs_and_gradients, 'llvm_cpu')
 
 
 @pytest.mark.parametrize('case', CASES)
 def test_both_outputs_and_the_gradients_of_both(case):
   arrays, options = cases.make(**{'widths': (32, 48), **CASES[case]})
-  rng = np.random.default_rng(9)
-  (out, lse), pull_back = jax.vjp(lambda *a: _run(*a, **options), *arrays)
-  d_out, d_lse = (rng.standard_normal(x.shape) for x in (out, lse))
-  got = pull_back((jnp.float32(d_out), jnp.float32(d_lse)))
-  exact = cases.exact(arrays, options, d_out, d_lse)
+  cotangents = cases.cotangents(arrays)
+  out, lse, *got = _both(arrays, options, cotangents)
+  exact = cases.exact(arrays, options, *cotangents)
   assert cases.error(out, exact[0]) < 3e-6
   assert cases.error(lse, exact[1]) < 3e-6
   for mine, right in zip(got, exact[2:], strict=True):
@@ -57,13 +56,13 @@ def test_any_number_of_cores_adds_up_the_same_gradients(monkeypatch, parts):
   arrays, options = cases.make(
     sizes=(600, 130), heads=(6, 3), widths=(32, 16), causal=True, offset=-20
   )
-  rng = np.random.default_rng(5)
-  (out, lse), pull_back = jax.vjp(lambda *a: _run(*a, **options), *arrays)
-  d_out, d_lse = (rng.standard_normal(x.shape) for x in (out, lse))
+  d_out, d_lse = cases.cotangents(arrays, seed=5)
+  # A program keeps the number of parts that it was traced with.
+  jax.clear_caches()
+  _, lse, *got = _both(arrays, options, (d_out, d_lse))
   # Of queries that see nothing the definition has no log-sum-exp.
   d_lse = np.where(np.isinf(lse), 0, d_lse)
   exact = cases.exact(arrays, options, d_out, d_lse)
-  got = pull_back((jnp.float32(d_out), jnp.float32(d_lse)))
   for mine, right in zip(got, exact[2:], strict=True):
     assert cases.error(mine, right) < 3e-5
 
@@ -71,11 +70,9 @@ def test_any_number_of_cores_adds_up_the_same_gradients(monkeypatch, parts):
 def test_scores_far_below_zero_leave_gradients_finite():
   """2^-lse is infinite: what fills up a block must not be multiplied by it."""
   (q, k, v), options = cases.make(sizes=(7, 70), widths=(16, 16))
-  q, k = 5 + 0.1 * q, -5 + 0.1 * k
-  run = lambda *a: _run(*a, **options)
-  (out, lse), pull_back = jax.vjp(run, q, k, v)
+  q, k = np.float32(5 + 0.1 * q), np.float32(-5 + 0.1 * k)
+  out, lse, *got = _both((q, k, v), options)
   assert lse.max() < -90
-  got = pull_back((jnp.ones_like(out), jnp.ones_like(lse)))
   exact = cases.exact(
     (q, k, v), options, np.ones(out.shape), np.ones(lse.shape)
   )
@@ -118,23 +115,14 @@ def test_gradients_are_the_same_in_every_call():
 def test_any_mask_and_any_size(kv_length, **drawn):
   kv_length = tuple(min(n, drawn['sizes'][1]) for n in kv_length)
   arrays, options = cases.make(kv_length=kv_length, widths=(16, 32), **drawn)
-  rng = np.random.default_rng(drawn['seed'])
-
-  def run(implementation):
-    (out, lse), pull_back = jax.vjp(
-      lambda *a: api.attention(*a, implementation=implementation, **options),
-      *arrays,
-    )
-    return out, lse, *pull_back((d_out, jnp.where(jnp.isinf(lse), 0, d_lse)))
-
-  batch, q_size, heads, _ = arrays[0].shape
-  d_out = jnp.float32(rng.standard_normal((batch, q_size, heads, 32)))
-  d_lse = jnp.float32(rng.standard_normal((batch, heads, q_size)))
-  mine, right = run('llvm_cpu'), run('reference')
-  for got, wanted, bound in zip(
-    mine, right, [4e-6] * 2 + [3e-5] * 3, strict=True
-  ):
-    assert cases.error(got, np.asarray(wanted, np.float64)) < bound
+  d_out, d_lse = cases.cotangents(arrays, drawn['seed'])
+  seen = cases.mask(*drawn['sizes'], options).any(-1)[:, None]
+  cotangents = d_out, np.where(seen, d_lse, 0)
+  mine = _both(arrays, options, cotangents)
+  exact = cases.exact(arrays, options, *cotangents)
+  bounds = [4e-6] * 2 + [3e-5] * 3
+  for got, right, bound in zip(mine, exact, bounds, strict=True):
+    assert cases.error(got, right) < bound
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, 3e38])
@@ -148,15 +136,10 @@ def test_what_hidden_keys_hold_does_not_matter(bad):
     window=9,
   )
 
-  @jax.jit
-  def all_of(*arrays):
-    outputs, pull_back = jax.vjp(lambda *a: _run(*a, **options), *arrays)
-    return *outputs, *pull_back(jax.tree.map(jnp.ones_like, outputs))
-
-  clean = all_of(q, k, v)
-  hidden = ~jnp.asarray(cases.mask(110, 130, options)).any(1)
-  k, v = (jnp.where(hidden[:, :, None, None], bad, x) for x in (k, v))
-  for got, right in zip(all_of(q, k, v), clean, strict=True):
+  clean = _both((q, k, v), options)
+  hidden = ~cases.mask(110, 130, options).any(1)
+  k, v = (np.where(hidden[..., None, None], np.float32(bad), x) for x in (k, v))
+  for got, right in zip(_both((q, k, v), options), clean, strict=True):
     np.testing.assert_array_equal(got, right)
 
 
@@ -164,7 +147,7 @@ def test_a_query_that_sees_nothing_is_zero():
   arrays, options = cases.make(
     *(0, (20, 41)), widths=(16, 16), kv_length=(0, 41), causal=True, offset=-3
   )
-  out, lse = _run(*arrays, **options)
+  out, lse = cases.outputs('llvm_cpu', arrays, options)
   empty = ~cases.mask(20, 41, options).any(-1)
   assert empty[0].all()
   assert empty[1].sum() == 3

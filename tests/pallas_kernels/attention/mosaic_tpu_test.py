@@ -59,41 +59,43 @@ def interpreted(monkeypatch):
   monkeypatch.setattr(mosaic_tpu_backward, 'TILE', (128, 128))
 
 
-def _run(arrays, options):
-  return api.attention(*arrays, implementation='interpreted', **options)
-
-
 @pytest.mark.parametrize('case', CASES)
 def test_outputs_and_gradients_with_tiles(case):
   arrays, options = _make(CASES[case])
-  rng = np.random.default_rng(9)
-  outputs, pull_back = jax.vjp(lambda *a: _run(a, options), *arrays)
-  d_out, d_lse = (rng.standard_normal(x.shape) for x in outputs)
-  got = pull_back((jnp.float32(d_out), jnp.float32(d_lse)))
-  exact = cases.exact(arrays, options, d_out, d_lse)
+  cotangents = cases.cotangents(arrays)
+  *outputs, dq, dk, dv = cases.outputs_and_gradients(
+    'interpreted', arrays, options, cotangents
+  )
+  got = dq, dk, dv
+  exact = cases.exact(arrays, options, *cotangents)
   for mine, right in zip(outputs, exact[:2], strict=True):
     assert cases.error(mine, right) < 2e-6
   for mine, right in zip(got, exact[2:], strict=True):
     assert cases.error(mine, right) < 2e-5
   seen = cases.mask(40, 300, options)
-  assert (np.asarray(got[0])[~seen.any(2)] == 0).all()
-  for grad in got[1:]:
+  assert (np.asarray(dq)[~seen.any(2)] == 0).all()
+  for grad in (dk, dv):
     assert (np.asarray(grad)[~seen.any(1)] == 0).all()
 
 
 def test_gradients_in_bfloat16_lose_no_more_than_products_of_that_dtype():
   arrays, options = cases.make(causal=True, sizes=(90, 90), dtype=jnp.bfloat16)
   rng = np.random.default_rng(3)
-  d_out = jnp.asarray(rng.standard_normal((2, 90, 2, 8)), jnp.bfloat16)
-  seen = jnp.asarray(cases.mask(90, 90, options))[:, None]
+  d_out = rng.standard_normal((2, 90, 2, 8)).astype(jnp.bfloat16)
+  seen = cases.mask(90, 90, options)[:, None]
 
   def same_dtype(q, k, v):
     scores = jnp.einsum('bihd,bjhd->bhij', q, k).astype(jnp.float32) * 8**-0.5
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
     return jnp.einsum('bhij,bjhd->bihd', weights.astype(q.dtype), v)
 
-  mine = jax.vjp(lambda *a: _run(a, options)[0], *arrays)[1](d_out)
-  plain = jax.vjp(same_dtype, *arrays)[1](d_out)
+  _, _, *mine = cases.outputs_and_gradients(
+    'interpreted', arrays, options, (d_out, np.zeros((2, 2, 90)))
+  )
+  plain = jax.jit(
+    lambda *a: jax.vjp(same_dtype, *a)[1](d_out),
+    compiler_options={'xla_allow_excess_precision': False},
+  )(*arrays)
   exact = cases.exact(arrays, options, np.asarray(d_out, np.float64), 0.0)
   for got, other, right in zip(mine, plain, exact[2:], strict=True):
     assert got.dtype == jnp.bfloat16
@@ -103,16 +105,15 @@ def test_gradients_in_bfloat16_lose_no_more_than_products_of_that_dtype():
 def test_keys_that_no_query_sees_do_not_matter_with_segments_and_tiles():
   options = {'tiles': ((0,), (0, 2), (2,)), 'segments': 2, 'causal': True}
   (q, k, v), options = _make({**options, 'offset': 200})
-  hidden = ~jnp.asarray(cases.mask(40, 300, options)).any(1)
+  hidden = ~cases.mask(40, 300, options).any(1)
   assert (hidden.sum(1) > 170).all()  # column 1, the future, other segments
-  run = lambda *a: jax.vjp(lambda *a: _run(a, options), *a)
-  clean, pull_back = run(q, k, v)
-  ones = jax.tree.map(jnp.ones_like, clean)
-  k = jnp.where(hidden[:, :, None, None], jnp.nan, k)
-  v = jnp.where(hidden[:, :, None, None], jnp.inf, v)
-  spoilt, spoilt_pull_back = run(q, k, v)
-  got = (*spoilt, *spoilt_pull_back(ones))
-  for mine, right in zip(got, (*clean, *pull_back(ones)), strict=True):
+  run = lambda *a: cases.outputs_and_gradients('interpreted', a, options)
+  spoilt_k, spoilt_v = (
+    np.where(hidden[..., None, None], np.float32(bad), x)
+    for x, bad in ((k, np.nan), (v, np.inf))
+  )
+  got = run(q, spoilt_k, spoilt_v)
+  for mine, right in zip(got, run(q, k, v), strict=True):
     np.testing.assert_array_equal(mine, right)
 
 
@@ -123,22 +124,29 @@ def test_none_of_the_kernels_has_races():
   )
   rule = masks.Rule(scale=0.3, causal=True, tiles=options['tiles'])
   limits = masks.Limits(
-    jnp.asarray([130, 90]),
-    jnp.asarray([150, 20]),
+    np.int32([130, 90]),
+    np.int32([150, 20]),
     options['q_segments'],
     options['kv_segments'],
   )
   params = pltpu.InterpretParams(detect_races=True)
 
+  grads = tuple(
+    np.float32(np.random.default_rng(3).standard_normal(shape))
+    for shape in ((2, 20, 2, 8), (2, 2, 20))
+  )
+
   def run(attention):
-    outputs, pull_back = jax.vjp(
-      lambda *a: attention(rule, *a, limits), q, k, v
+    @functools.partial(
+      jax.jit, compiler_options={'xla_backend_optimization_level': 0}
     )
-    grads = tuple(
-      jnp.asarray(np.random.default_rng(3).standard_normal(x.shape), x.dtype)
-      for x in outputs
-    )
-    return *outputs, *pull_back(grads)
+    def outputs_and_gradients(*arrays):
+      outputs, pull_back = jax.vjp(
+        lambda *a: attention(rule, *a, limits), *arrays
+      )
+      return *outputs, *pull_back(grads)
+
+    return jax.block_until_ready(outputs_and_gradients(q, k, v))
 
   got = run(_attention(params))
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call
@@ -167,22 +175,32 @@ def test_it_visits_the_tiles_in_which_something_is_seen_and_fetches_no_other(
     matrix = np.random.default_rng(kept).random(count) < 0.5
     tiles = masks.Tiles.of(size, matrix)
   rule = masks.Rule(scale=1.0, causal=causal, window=window, tiles=tiles)
-  limits = masks.Limits(jnp.asarray(offset), jnp.asarray(kv_length), None, None)
   cut = mosaic_tpu_tiles.Layout(rule, size, count, sizes, segmented=False)
-  seen = np.zeros((2, count[0] * size[0], count[1] * size[1]), bool)
-  seen[:, : sizes[0], : sizes[1]] = masks.as_array(rule, limits, *sizes)
-  seen = seen.reshape(2, count[0], size[0], count[1], size[1]).any((2, 4))
   walk_of = mosaic_tpu_tiles.walk_rows
   if columns_first:
-    seen = seen.transpose(0, 2, 1)
     walk_of = mosaic_tpu_tiles.walk_columns
-  walk, scalars = walk_of(cut, limits)
-  scalars = tuple(np.asarray(x) for x in scalars)
-  assert walk.steps <= seen.shape[2]
+
+  @jax.jit
+  def walked(offset, kv_length):
+    limits = masks.Limits(offset, kv_length, None, None)
+    walk, scalars = walk_of(cut, limits)
+    b, line, step = jnp.indices((2, walk.lines, walk.steps), sparse=True)
+    return masks.as_array(rule, limits, *sizes), walk.at(scalars, b, line, step)
+
+  visible, (tiles, new) = jax.tree.map(
+    np.asarray, walked(np.int32(offset), np.int32(kv_length))
+  )
+  seen = np.zeros((2, count[0] * size[0], count[1] * size[1]), bool)
+  seen[:, : sizes[0], : sizes[1]] = visible
+  seen = seen.reshape(2, count[0], size[0], count[1], size[1]).any((2, 4))
+  if columns_first:
+    seen = seen.transpose(0, 2, 1)
+  assert tiles.shape == new.shape
+  assert tiles.shape[:2] == seen.shape[:2]
+  assert tiles.shape[2] <= seen.shape[2]
   for b, line in np.ndindex(seen.shape[:2]):
-    steps = [walk.at(scalars, b, line, step) for step in range(walk.steps)]
-    named = [int(tile) for tile, _ in steps]
-    needed = [tile for tile, (_, new) in zip(named, steps, strict=True) if new]
+    named = tiles[b, line].tolist()
+    needed = tiles[b, line][new[b, line]].tolist()
     assert needed == np.flatnonzero(seen[b, line]).tolist()
     # What is named in the other steps is there already, but for a line that
     # sees nothing, which fetches one tile.

@@ -22,31 +22,35 @@ pytestmark = [
   ),
 ]
 QUANTIZE = {
-  'int8': formats.quantize_int8,
-  'int4': formats.quantize_int4,
-  'nf4': formats.quantize_nf4,
+  kind: jax.jit(getattr(formats, f'quantize_{kind}'), static_argnums=1)
+  for kind in ('int8', 'int4', 'nf4')
 }
 kinds = pytest.mark.parametrize('kind', QUANTIZE)
 _run = functools.partial(api.dequant_matmul, implementation='llvm_cpu')
+_compiled = jax.jit(_run, static_argnames='out_dtype')
+_dequantize = jax.jit(reference.dequantize)
 
 
 def _normal(*shape, seed=0):
   rng = np.random.default_rng(seed)
-  return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  return rng.standard_normal(shape).astype(np.float32)
 
 
+@functools.cache
 def _quantized(kind, inner, columns, group):
-  w = _normal(inner, columns, seed=1) * 10.0 ** (jnp.arange(columns) % 5 - 2)
-  return QUANTIZE[kind](w.at[:group, 3].set(0), group)
+  w = _normal(inner, columns, seed=1) * 10.0 ** (np.arange(columns) % 5 - 2)
+  w[:group, 3] = 0
+  return QUANTIZE[kind](w.astype(np.float32), group)
 
 
 def _close(got, x, quantized, units=2):
   """Within some float32 epsilons of |x| @ |w|."""
-  w = np.asarray(reference.dequantize(*quantized), np.float64)
+  w = np.asarray(_dequantize(*quantized), np.float64)
   x = np.asarray(x, np.float64)
   size = np.abs(x) @ np.abs(w)
   limit = units * float(jnp.finfo(jnp.float32).eps) * size
-  np.testing.assert_array_less(np.abs(got - x @ w), limit + 1e-30)
+  error = np.abs(np.asarray(got, np.float64) - x @ w)
+  np.testing.assert_array_less(error, limit + 1e-30)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +60,7 @@ def _close(got, x, quantized, units=2):
 def test_every_number_of_rows(kind, rows):
   quantized = _quantized(kind, 128, 704, 64)
   x = _normal(rows, 128)
-  _close(_run(x, *quantized), x, quantized)
+  _close(_compiled(x, *quantized), x, quantized)
 
 
 @kinds
@@ -67,42 +71,41 @@ def test_every_number_of_rows(kind, rows):
 def test_groups_of_every_size(inner, columns, group, kind):
   quantized = _quantized(kind, inner, columns, group)
   x = _normal(7, inner)
-  _close(_run(x, *quantized), x, quantized)
+  _close(_compiled(x, *quantized), x, quantized)
 
 
 @pytest.mark.parametrize('kind', ['int4', 'nf4', 'any'])
 def test_every_code_in_every_place(kind):
   """One x at a time: rows of the weight come back to the last bit."""
-  codes = (jnp.arange(64)[:, None] + 7 * jnp.arange(64)) % 16
-  codebook = {'int4': None, 'nf4': jnp.asarray(formats.NF4)}.get(
-    kind, _normal(16)
-  )
-  scales = 2.0 ** (jnp.arange(128.0) - 64).reshape(2, 64)
-  values = formats.pack_int4(codes)
-  w = reference.dequantize(values, scales, codebook)
+  codes = (np.arange(64)[:, None] + 7 * np.arange(64)) % 16
+  codebook = {'int4': None, 'nf4': formats.NF4}.get(kind, _normal(16))
+  scales = np.float32(2.0 ** (np.arange(128.0) - 64).reshape(2, 64))
+  values = jax.jit(formats.pack_int4)(codes)
+  w = np.asarray(_dequantize(values, scales, codebook))
   for start in range(0, 64, 16):
-    x = jnp.eye(64)[start : start + 16]
-    got = _run(x, values, scales, codebook)
+    x = np.eye(64, dtype=np.float32)[start : start + 16]
+    got = _compiled(x, values, scales, codebook)
     np.testing.assert_array_equal(got, w[start : start + 16])
 
 
 def test_every_int8_comes_back():
-  values = jnp.arange(-128, 128).astype(jnp.int8).reshape(16, 16)
-  values = jnp.tile(values, (1, 4))
-  got = _run(jnp.eye(16), values, jnp.ones((1, 64)))
+  values = np.arange(-128, 128).astype(np.int8).reshape(16, 16)
+  values = np.tile(values, (1, 4))
+  ones = np.ones((1, 64), np.float32)
+  got = _compiled(np.eye(16, dtype=np.float32), values, ones)
   np.testing.assert_array_equal(got, values)
 
 
 @kinds
 def test_narrow_rows_and_scales_are_widened(kind):
   values, scales, codebook = _quantized(kind, 128, 64, 32)
-  quantized = (values, scales.astype(jnp.float16), codebook)
+  quantized = (values, np.asarray(scales).astype(np.float16), codebook)
   for dtype in (jnp.bfloat16, jnp.float16):
     x = _normal(3, 128).astype(dtype)
-    got = _run(x, *quantized, out_dtype=jnp.float32)
+    got = _compiled(x, *quantized, out_dtype=jnp.float32)
     _close(got, x, quantized)
-    narrow = _run(x, *quantized)
-    np.testing.assert_array_equal(narrow, got.astype(dtype))
+    narrow = _compiled(x, *quantized)
+    np.testing.assert_array_equal(narrow, np.asarray(got).astype(dtype))
 
 
 @kinds
@@ -114,7 +117,7 @@ def test_the_gradient_is_left_to_the_next(kind):
     run = lambda x: api.dequant_matmul(
       x, *quantized, implementation=implementation
     )
-    return jax.vjp(run, x)[1](d_out)[0]
+    return jax.jit(lambda x: jax.vjp(run, x)[1](d_out)[0])(x)
 
   want = gradient('blockwise')
   for names in (None, ('llvm_cpu', 'blockwise')):
@@ -134,7 +137,9 @@ def test_the_platform_chooses():
 def test_a_row_that_is_not_finite_spoils_no_other(bad):
   quantized = _quantized('int4', 64, 64, 32)
   x = _normal(4, 64)
-  right, got = _run(x, *quantized), _run(x.at[2, 5].set(bad), *quantized)
+  right = np.asarray(_compiled(x, *quantized))
+  x[2, 5] = bad
+  got = np.asarray(_compiled(x, *quantized))
   rest = np.asarray([0, 1, 3])
   np.testing.assert_array_equal(got[rest], right[rest])
   assert not np.isfinite(got[2]).all()
@@ -149,8 +154,8 @@ def test_a_row_that_is_not_finite_spoils_no_other(bad):
   ],
 )
 def test_what_the_kernel_does_not_take(rows, inner, columns, group, message):
-  quantized = formats.quantize_int8(jnp.ones((inner, columns)), group)
-  x = jnp.ones((rows, inner))
+  quantized = QUANTIZE['int8'](np.ones((inner, columns), np.float32), group)
+  x = np.ones((rows, inner), np.float32)
   with pytest.raises(NotImplementedError, match=message):
     _run(x, *quantized)
 

@@ -22,6 +22,16 @@ packed_or_not = pytest.mark.parametrize(
 )
 
 
+_quantize_rows = jax.jit(api.quantize_rows)
+_pack = jax.jit(formats.pack_int4)
+_rows_of = jax.jit(reference.rows_of)
+
+
+@functools.cache
+def _product(name, of=api.int8_matmul):
+  return jax.jit(functools.partial(of, implementation=name))
+
+
 def _rows(m, k, seed=1):
   """Rows of several sizes, one of zeros, and the same as integers."""
   random = np.random.default_rng(seed)
@@ -29,14 +39,14 @@ def _rows(m, k, seed=1):
   if m > 2:
     x[1] = 0
   x = x.astype(np.float32)
-  return x, *map(np.asarray, api.quantize_rows(x))
+  return x, *map(np.asarray, _quantize_rows(x))
 
 
 def _weight(k, n, groups, packed, seed=0):
   """Integers [K, N], how they are stored, their scales and offsets."""
   random = np.random.default_rng(seed)
   values = random.integers(*((-8, 8) if packed else (-127, 128)), (k, n))
-  w = formats.pack_int4(values) if packed else jnp.asarray(values, jnp.int8)
+  w = _pack(values) if packed else np.int8(values)
   draw = lambda low: random.uniform(low, 1e-2, (groups, n)).astype(np.float32)
   return values, w, draw(1e-4), draw(-1e-2)
 
@@ -65,10 +75,7 @@ def test_groups_have_scales_and_offsets(name, shape, packed, with_offsets):
   offsets = offsets if with_offsets else None
   x, values, x_scales = _rows(m, k)
   want = _numpy_product(values, x_scales, w, scales, offsets)
-  product = functools.partial(
-    api.int8_matmul, w_offsets=offsets, implementation=name
-  )
-  run = jax.jit(product)
+  run = functools.partial(_product(name), w_offsets=offsets)
   for got in (
     run(values, stored, scales, x_scales=x_scales),
     run(x, stored, scales),
@@ -86,9 +93,7 @@ def test_one_group_is_a_scale_a_column(name):
   w, stored, scales, _ = _weight(64, 40, 1, True)
   want = _numpy_product(values, x_scales, w, scales)
   for form in (scales, scales[0]):
-    got = api.int8_matmul(
-      values, stored, form, x_scales=x_scales, implementation=name
-    )
+    got = _product(name)(values, stored, form, x_scales=x_scales)
     np.testing.assert_array_equal(got, want)
 
 
@@ -96,8 +101,8 @@ def test_one_group_is_a_scale_a_column(name):
 def test_scales_may_be_float16(name):
   x, _, _ = _rows(3, 64)
   _, stored, *factors = _weight(64, 64, 2, True)
-  run = lambda scales, offsets: api.int8_matmul(
-    x, stored, scales, w_offsets=offsets, implementation=name
+  run = lambda scales, offsets: _product(name)(
+    x, stored, scales, w_offsets=offsets
   )
   narrow = [part.astype(np.float16) for part in factors]
   wide = [part.astype(np.float32) for part in narrow]
@@ -109,19 +114,19 @@ def test_any_rows_and_columns_of_4_bits(m, n):
   x, values, x_scales = _rows(m, 64)
   w, stored, scales, offsets = _weight(64, n, 2, True)
   want = _numpy_product(values, x_scales, w, scales, offsets)
-  got = api.int8_matmul(x, stored, scales, w_offsets=offsets)
+  got = _product(None)(x, stored, scales, w_offsets=offsets)
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 @packed_or_not
 def test_rows_of_the_weight(packed):
   w, stored, scales, offsets = _weight(96, 5, 3, packed)
-  index = jnp.asarray([95, 0, 15, 16, 31, 32, 64, 7])
+  index = np.asarray([95, 0, 15, 16, 31, 32, 64, 7])
   whole = w * np.repeat(scales, 32, 0)
-  got = reference.rows_of(stored, scales, None, index)
+  got = _rows_of(stored, scales, None, index)
   np.testing.assert_array_equal(got, whole[index].astype(np.float32))
   whole = whole.astype(np.float32) + np.repeat(offsets, 32, 0)
-  got = reference.rows_of(stored, scales, offsets, index)
+  got = _rows_of(stored, scales, offsets, index)
   np.testing.assert_allclose(got, whole[index], rtol=1e-6, atol=1e-8)
 
 
@@ -136,20 +141,21 @@ def test_outlier_features_meet_weights_of_groups(packed):
   rest[:, columns] = 0
   whole = w * np.repeat(scales, 32, 0) + np.repeat(offsets, 32, 0)
   want = x[:, columns].astype(np.float64) @ whole[columns]
-  values, x_scales = map(np.asarray, api.quantize_rows(rest))
+  values, x_scales = map(np.asarray, _quantize_rows(rest))
   want += _numpy_product(values, x_scales, w, scales, offsets)
-  got = api.llm_int8_matmul(x, stored, scales, w_offsets=offsets)
+  run = _product(None, api.llm_int8_matmul)
+  got = run(x, stored, scales, w_offsets=offsets)
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 
 
 def test_kernels_without_groups_leave_them_to_blockwise():
-  x = jnp.ones((3, 64))
+  x = np.ones((3, 64), np.float32)
   _, stored, scales, offsets = _weight(64, 8, 2, True)
   lowered = jax.jit(api.int8_matmul).trace(x, stored, scales)
   for platform in ('tpu', 'cuda'):
     text = lowered.lower(lowering_platforms=(platform,)).as_text()
     assert 'custom_call' not in text
-  eight = jnp.ones((64, 8), jnp.int8)
+  eight = np.ones((64, 8), np.int8)
   for name in ('mosaic_tpu', 'mosaic_gpu'):
     for w, w_scales, w_offsets, reason in (
       (stored, scales[0], None, r'uint8 with scales \(8,\) and no offsets'),
@@ -163,14 +169,18 @@ def test_kernels_without_groups_leave_them_to_blockwise():
 
 
 def test_groups_that_do_not_fit_are_refused_in_one_line():
-  x, eight = jnp.ones((3, 64)), jnp.ones((64, 8), jnp.int8)
+  x, eight = np.ones((3, 64), np.float32), np.ones((64, 8), np.int8)
   _, packed, scales, offsets = _weight(64, 8, 2, True)
   cases = [
     ((x, packed[:16], scales), None, r'w \[K / 2, N\], got .* \(16, 8\)'),
     ((x, packed, scales[:, :5]), None, r'or \[K / G, 8\], got \(2, 5\)'),
     ((x, packed, scales[:0]), None, '0 groups of scales must divide K = 64'),
-    ((x, packed, jnp.ones((4, 8))), None, 'into multiples of 32'),
-    ((x, eight, jnp.ones((4, 8))), None, '4 groups .* into multiples of 32'),
+    ((x, packed, np.ones((4, 8), np.float32)), None, 'into multiples of 32'),
+    (
+      (x, eight, np.ones((4, 8), np.float32)),
+      None,
+      '4 groups .* into multiples of 32',
+    ),
     ((x[:, :48], packed[:24], scales[0]), None, '1 groups .* of 32'),
     ((x, packed, scales), offsets[0], r'w_offsets must be \(2, 8\) like'),
   ]
