@@ -66,7 +66,8 @@ def params(config: config_lib.DecoderConfig, seed: int = 0, spread=0.3):
   Those of `transformer.init` give nearly uniform ones. Logits have a standard
   deviation of about `spread * sqrt(width)`.
   """
-  tree = transformer.init(config, jax.random.key(seed))
+  # Of what `init` makes, only names, shapes and the scales of norms are used.
+  tree = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
   rng = np.random.default_rng(seed)
 
   def one(path, leaf):
@@ -77,10 +78,15 @@ def params(config: config_lib.DecoderConfig, seed: int = 0, spread=0.3):
     elif name.endswith('table'):
       noise *= spread
     else:
-      noise = np.asarray(leaf) + 0.2 * noise
+      is_one = name.endswith('scale') and not config.norm_plus_one
+      noise = float(is_one) + 0.2 * noise
     return jnp.asarray(noise, jnp.float32)
 
   return jax.tree_util.tree_map_with_path(one, tree)
+
+
+# A key for each row; eager, it would be many programs for each new batch.
+_row_keys = jax.jit(sampling_lib.row_keys)
 
 
 def context(prompts, room: int, batch_seed: int = 0, rows=None, settings=None):
@@ -94,7 +100,7 @@ def context(prompts, room: int, batch_seed: int = 0, rows=None, settings=None):
   return drafters.Context(
     jnp.asarray(tokens),
     jnp.asarray(lengths),
-    sampling_lib.row_keys(batch_seed, jnp.asarray(rows)),
+    _row_keys(batch_seed, jnp.asarray(rows)),
     settings or sampling_lib.GREEDY,
   )
 

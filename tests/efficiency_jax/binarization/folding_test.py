@@ -21,10 +21,13 @@ CONV = networks.Config(
 )
 
 
+_init = jax.jit(networks.init, static_argnums=0)
+
+
 def _trained(config, seed=0):
   """Parameters as training may leave them: scales of both signs and zero."""
   rng = np.random.default_rng(seed)
-  params = networks.init(config, jax.random.key(seed))
+  params = _init(config, jax.random.key(seed))
   for layer in params.values():
     size = layer['scale'].shape
     scale = rng.normal(size=size)
@@ -90,6 +93,7 @@ def test_weights_take_a_bit():
 
 
 def test_a_network_of_real_numbers_is_refused():
+  params = _init(DENSE, jax.random.key(0))
   for change in (
     {'weights': 'float'},
     {'weights': 'ternary'},
@@ -99,7 +103,7 @@ def test_a_network_of_real_numbers_is_refused():
   ):
     config = dataclasses.replace(DENSE, **change)
     with pytest.raises(ValueError, match='only a network of signs'):
-      folding.fold(config, networks.init(config, jax.random.key(0)), {})
+      folding.fold(config, params, {})
 
 
 def test_images_of_another_size_or_type():

@@ -49,18 +49,28 @@ class Table:
 
   def guess(self, states, most):
     """As `dynamic_tree.grow` asks for it."""
-    gains = np.log(
-      [
-        [self.q[row][self._path(state)] for state in some]
-        for row, some in enumerate(np.asarray(states))
-      ]
-    )
-    gains, best = jax.lax.top_k(jnp.asarray(gains, jnp.float32), most)
+    shape = (*states.shape[:2], self.vocab)
+    kind = jax.ShapeDtypeStruct(shape, jnp.float32)
+    gains = jax.pure_callback(self._gains, kind, states)
+    gains, best = jax.lax.top_k(gains, most)
     return best, gains
+
+  def _gains(self, states):
+    gains = [
+      [self.q[row][self._path(state)] for state in some]
+      for row, some in enumerate(np.asarray(states))
+    ]
+    return np.log(gains).astype(np.float32)
 
   def feed(self, tokens, before, ancestors, carry):
     """Likewise; `carry` counts the calls."""
-    tokens, before = np.asarray(tokens), np.asarray(before)
+    self.fed.append(tokens.shape[1])
+    kind = jax.ShapeDtypeStruct(before.shape, before.dtype)
+    states = jax.pure_callback(self._after, kind, tokens, before, ancestors)
+    return states, carry + 1
+
+  def _after(self, tokens, before, ancestors):
+    tokens, before, ancestors = map(np.asarray, (tokens, before, ancestors))
     ancestors = np.broadcast_to(ancestors, (*tokens.shape, tokens.shape[1]))
     states = before.copy()
     for row, node in np.ndindex(tokens.shape):
@@ -69,22 +79,23 @@ class Table:
       seen = tokens[row][ancestors[row, node]].tolist()
       assert [*path, tokens[row, node]] == seen
       states[row, node, len(path)] = tokens[row, node]
-    self.fed.append(tokens.shape[1])
-    return jnp.asarray(states), carry + 1
+    return states
 
   def _path(self, state):
     return tuple(int(x) for x in state if x >= 0)
 
   def grow(self, growth):
     """What a growth makes of it."""
-    return dynamic_tree.grow(growth, self._root(), self.guess, self.feed, 0)
+    return self._run(dynamic_tree.grow, growth)
 
   def fill(self, tree):
     """What a tree makes of it."""
-    return draft_trees.fill(tree, self._root(), self.guess, self.feed, 0)
+    return self._run(draft_trees.fill, tree)
 
-  def _root(self):
-    return jnp.full((len(self.q), 1, self.height), -1)
+  def _run(self, make, shape):
+    root = np.full((len(self.q), 1, self.height), -1, np.int32)
+    made = jax.jit(lambda root: make(shape, root, self.guess, self.feed, 0))
+    return jax.tree.map(np.asarray, made(root))
 
 
 def random_table(vocab, height, batch):

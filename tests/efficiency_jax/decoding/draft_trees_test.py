@@ -116,7 +116,8 @@ def _chance(prompt):
     text = np.zeros((1, 12), np.int32)
     text[0, : len(prompt) + len(path)] = [*prompt, *path]
     logits = _read(text)[0][0, len(prompt) + len(path) - 1]
-    return np.asarray(jax.nn.softmax(logits))
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
 
   return chance
 
@@ -138,7 +139,7 @@ def _proposal(length):
   assert proposal.count.tolist() == [length] * 3
   # Nothing of the tree is taken for text.
   assert cache.length.tolist() == context.length.tolist()
-  return proposal
+  return jax.tree.map(np.asarray, proposal)
 
 
 def test_a_tree_holds_the_best_guesses_after_each_node():
@@ -253,7 +254,7 @@ def test_caches_hold_what_a_fresh_prefill_would():
     known = np.asarray(state.draft.length)
     assert (known < length).all()
     pairs = (state.cache, target, length - 1), (state.draft, own, known)
-    for got, right, ends in pairs:
+    for got, right, ends in jax.tree.map(np.asarray, pairs):
       for a, b in zip(
         got.keys + got.values, right.keys + right.values, strict=True
       ):

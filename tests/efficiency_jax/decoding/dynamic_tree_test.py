@@ -55,23 +55,42 @@ _FOREST = dynamic_tree.Forest(
 
 
 def test_a_forest_says_of_each_row_what_its_tree_says():
-  values = jnp.arange(6 * 8 * 2).reshape(6, 8, 2)
+  values = np.arange(6 * 8 * 2).reshape(6, 8, 2)
   same = np.testing.assert_array_equal
   heights = set()
+
+  @jax.jit
+  def read(parents, values):
+    forest = dynamic_tree.Forest(parents, 4)
+    alone = [
+      tree.at_parents(values[row : row + 1])[0]
+      for row, tree in enumerate(_TREES)
+    ]
+    return forest.ancestors, forest.depth, forest.at_parents(values), alone
+
+  @jax.jit
+  def look(parents, at):
+    forest = dynamic_tree.Forest(parents, 4)
+    alone = [(tree.has_children(at[0]), tree.path_to(at[0])) for tree in _TREES]
+    return forest.has_children(at), forest.path_to(at), alone
+
+  ancestors, depth, above, alone = jax.tree.map(
+    np.asarray, read(_FOREST.parents, values)
+  )
   for row, tree in enumerate(_TREES):
     heights.add(tree.height)
-    same(_FOREST.ancestors[row], tree.ancestors)
-    same(_FOREST.depth[row], tree.depth)
-    one = values[row : row + 1]
-    same(_FOREST.at_parents(values)[row], tree.at_parents(one)[0])
+    same(ancestors[row], tree.ancestors)
+    same(depth[row], tree.depth)
+    same(above[row], alone[row])
   for node in range(8):
-    at = jnp.full((6,), node)
-    inner, paths = _FOREST.has_children(at), np.asarray(_FOREST.path_to(at))
+    at = np.full((6,), node, np.int32)
+    inner, paths, alone = jax.tree.map(np.asarray, look(_FOREST.parents, at))
     assert paths.shape == (6, 5)
     for row, tree in enumerate(_TREES):
-      assert inner[row] == tree.is_inner[node] == tree.has_children(node)
+      has_children, path = alone[row]
+      assert inner[row] == tree.is_inner[node] == has_children
       end = tree.depth[node] + 1 + tree.is_inner[node]
-      same(paths[row, :end], tree.path_to(node)[:end])
+      same(paths[row, :end], path[:end])
       assert (paths[row, end:] == paths[row, end - 1]).all()
   assert len(heights) > 1
   assert max(heights) == 4
@@ -89,10 +108,17 @@ def test_rules_decide_in_each_row_as_on_its_tree(name):
     verifiers.Proposal(tokens, jnp.full((6,), 7), None),
   )
   one = lambda tree, row: jax.tree.map(lambda x: x[row : row + 1], tree)
-  verdict = verify(*arguments, _FOREST)
-  for row, tree in enumerate(_TREES):
-    alone = verify(*one(arguments, row), tree)
-    chex.assert_trees_all_equal(one(verdict, row), alone)
+
+  @jax.jit
+  def both(parents, *arguments):
+    alone = [
+      verify(*one(arguments, row), tree) for row, tree in enumerate(_TREES)
+    ]
+    return verify(*arguments, dynamic_tree.Forest(parents, 4)), alone
+
+  verdict, alone = jax.tree.map(np.asarray, both(_FOREST.parents, *arguments))
+  for row in range(6):
+    chex.assert_trees_all_equal(one(verdict, row), alone[row])
   assert len(set(verdict.num_accepted.tolist())) > 2
 
 
@@ -282,6 +308,7 @@ def test_the_draft_keeps_the_best_paths_of_its_own_law():
   proposal = _proposal(decoder.drafter, state, 9)
   assert proposal.logits is None
   _, features = eagle_models.recomputed(_FORM, state)
+  proposal = jax.tree.map(np.asarray, proposal)
   for row, prompt in enumerate(_PROMPTS):
 
     def chance(path, row=row, prompt=prompt):
@@ -323,6 +350,10 @@ def test_caches_hold_what_a_fresh_prefill_would():
   empty = jax.tree.map(jnp.zeros_like, state.cache)
   output, cache = apply(fixtures.params(_TARGET), state.tokens, empty)
   own, _ = eagle_models.recomputed(_FORM, state)
+  state = state._replace(keys=())
+  state, output, cache, own = jax.tree.map(
+    np.asarray, (state, output, cache, own)
+  )
   close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
   for row, length in enumerate(state.length.tolist()):
     hidden = output.hidden[row, : length - 1]
@@ -344,7 +375,7 @@ def test_trees_may_read_more_nodes_than_they_keep():
   longest = kv_cache.BLOCK - 7
   context = fixtures.context([[1]], longest - 1 + growth.nodes + 1)
   assert context.tokens.shape[1] + growth.nodes == kv_cache.BLOCK
-  hidden = jnp.zeros((*context.tokens.shape, _TARGET.width))
+  hidden = np.zeros((*context.tokens.shape, _TARGET.width), np.float32)
   weights = eagle_models.weights(_FORM)
   init = lambda: drafter.init(weights, context, growth.nodes, hidden)
   slots = jax.eval_shape(init).cache.keys[0].shape[2]
@@ -354,7 +385,9 @@ def test_trees_may_read_more_nodes_than_they_keep():
 def test_a_round_copies_no_cache():
   decoder, settings = _decoder('coupled'), _settings('coupled')
   weights = eagle_models.weights(_FORM)
-  state = _begin(decoder, _PROMPTS, 20, settings=settings)
+  state = jax.eval_shape(
+    lambda: _begin(decoder, _PROMPTS, 20, settings=settings)
+  )
   assert state.cache.keys[0].shape == (3, 2, 256, 4)
   numbers = jnp.int32(9), jnp.ones(1), jnp.int32(0)
   program = speculative.run.lower(decoder, weights, state, *numbers).compile()

@@ -1,5 +1,6 @@
 """Random heads beside the random targets of `tests.fixtures`."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 from efficiency_jax.decoding import draft_vocabulary
 from efficiency_jax.decoding import drafters
 from efficiency_jax.decoding import medusa
+from efficiency_jax.decoding import token_tree
+from efficiency_jax.decoding import verifiers
 from tests import fixtures
 
 TARGET = fixtures.config()
@@ -24,6 +27,11 @@ FORMS = (
 )
 
 
+# Of a form, a key, a width, a number of tokens and a table.
+init = jax.jit(medusa.init, static_argnums=(0, 2, 3))
+
+
+@functools.cache
 def table(heads: medusa.Heads):
   """What `medusa.init` copies for heads of their own."""
   params = fixtures.params(TARGET)
@@ -35,11 +43,15 @@ def table(heads: medusa.Heads):
 @functools.cache
 def weights(heads: medusa.Heads) -> drafters.Weights:
   """The target, and heads that guess something of their own."""
-  params = medusa.init(
+  params = init(
     heads, jax.random.key(0), TARGET.width, TARGET.vocab_size, table(heads)
   )
   rng = np.random.default_rng(0)
-  noisy = lambda x: x + 0.5 * rng.standard_normal(x.shape).astype(np.float32)
+
+  def noisy(x):
+    noise = rng.standard_normal(x.shape).astype(np.float32)
+    return jnp.asarray(np.asarray(x) + np.float32(0.5) * noise)
+
   trained = medusa.TrainedHeads(
     form=heads,
     params=jax.tree.map(noisy, params),
@@ -49,14 +61,17 @@ def weights(heads: medusa.Heads) -> drafters.Weights:
   return drafters.Weights(fixtures.params(TARGET), trained.weights)
 
 
+@functools.cache
+def _exact(heads: medusa.Heads):
+  """The parameters of the target and of the heads in float64."""
+  return jax.tree.map(lambda x: np.asarray(x, float), tuple(weights(heads)))
+
+
 def formula(
   heads: medusa.Heads, hidden: np.ndarray, k: int, previous: int
 ) -> np.ndarray:
   """Logits [R] of head k = 1 .. K for a state [D] and the token before."""
-  everything = weights(heads)
-  target, draft = jax.tree.map(
-    lambda x: np.asarray(x, float), (everything.target, everything.draft)
-  )
+  target, draft = _exact(heads)
   embedding = target['embedding']['table']
   head = draft[f'head_{k - 1}']
   x = _state(heads, head, hidden)
@@ -78,10 +93,7 @@ def trust(
   heads: medusa.Heads, hidden: np.ndarray, k: int, previous: int
 ) -> float:
   """How sure head k = 1 .. K is of its guess, in 0 .. 1."""
-  everything = weights(heads)
-  target, draft = jax.tree.map(
-    lambda x: np.asarray(x, float), (everything.target, everything.draft)
-  )
+  target, draft = _exact(heads)
   head = draft[f'head_{k - 1}']
   seen = _state(heads, head, hidden)
   if heads.markov:
@@ -98,3 +110,44 @@ def _state(heads: medusa.Heads, head, hidden: np.ndarray) -> np.ndarray:
     inner = x @ head[f'block_{i}']['kernel']
     x = x + inner / (1 + np.exp(-inner))
   return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Knowing(drafters.Chain):
+  """Puts the next tokens of known texts on one branch, others elsewhere.
+
+  The parameters of the draft are the texts [B, N] and which nodes [nodes] are
+  on the branch.
+  """
+
+  shape: token_tree.TokenTree
+  name: str = 'knowing'
+  num_kinds: int = 1
+
+  def tree(self, length):
+    return self.shape
+
+  def init(self, weights, context, longest, hidden=None):
+    return ()
+
+  def propose(self, weights, state, cache, context, length, purpose):
+    known, on_branch = weights.draft
+    place = context.length[:, None] + jnp.arange(self.shape.height)
+    place = jnp.minimum(place, known.shape[1] - 1)
+    right = jnp.take_along_axis(known, place, axis=1)
+    depth = self.shape.depth[1:] - 1
+    # What is not on the branch is wrong, each sibling in its own way.
+    wrong = (right[:, depth] + 1 + self.shape.rank[1:]) % TARGET.vocab_size
+    tokens = jnp.where(on_branch[1:], right[:, depth], wrong)
+    count = jnp.full(context.length.shape, length, jnp.int32)
+    return verifiers.Proposal(tokens, count, None), state, cache
+
+  def observe(self, state, context, longest, features=None):
+    zero = jnp.zeros_like(context.length)
+    return state, drafters.Forecast(zero + longest, zero)
+
+
+def knowing(texts, branch) -> drafters.Weights:
+  """Weights of `Knowing`."""
+  known = np.asarray([t + [0] * (40 - len(t)) for t in texts], np.int32)
+  return drafters.Weights(fixtures.params(TARGET), (known, branch))

@@ -36,11 +36,11 @@ _MASK = np.asarray(
 def _batch(tokens=None, mask=_MASK):
   if tokens is None:
     tokens = np.random.default_rng(0).integers(0, 11, (2, _LENGTH))
-  tokens = jnp.asarray(tokens, jnp.int32)
+  tokens = np.asarray(tokens, np.int32)
   apply = jax.jit(transformer.apply_fn(_TARGET))
-  output, _ = apply(fixtures.params(_TARGET), tokens)
-  mask = jnp.asarray(mask, jnp.float32)
-  return {'tokens': tokens, 'hidden': output.hidden, 'loss_mask': mask}
+  hidden = np.asarray(apply(fixtures.params(_TARGET), tokens)[0].hidden)
+  mask = np.asarray(mask, np.float32)
+  return {'tokens': tokens, 'hidden': hidden, 'loss_mask': mask}
 
 
 def _models(form):
@@ -53,10 +53,15 @@ def _models(form):
 
 def _loss(form, **options):
   """Of parameters, target and batch."""
-  options = {'vocabulary': _models(form)[2], **options}
-  return jax.jit(
-    functools.partial(medusa_training.loss, form, _HEAD, **options)
-  )
+  if 'vocabulary' not in options:
+    options['vocabulary'] = _models(form)[2]
+  return functools.partial(medusa_training.loss, form, _HEAD, **options)
+
+
+@functools.cache
+def _plain_loss(form):
+  """Compiled, with the options that are the default."""
+  return jax.jit(_loss(form))
 
 
 # Of the target inside the vocabulary, at each position's next token.
@@ -101,13 +106,19 @@ def _kept(p, q, row, t, k):
 @pytest.mark.parametrize('form', medusa_models.FORMS, ids=str)
 def test_loss_and_metrics_are_those_of_a_loop_over_the_text(form):
   batch, (params, target, _) = _batch(), _models(form)
-  batch['coverage'] = jnp.asarray(_COVERAGE, jnp.float32)
+  batch['coverage'] = np.asarray(_COVERAGE, np.float32)
   options = {
     'objectives': (('token', 0.3), ('total_variation', 0.7)),
     'decay': 0.6,
   }
-  mixed, metrics = _loss(form, **options)(params, target, batch)
-  plain, _ = _loss(form)(params, target, batch)
+
+  @jax.jit
+  def both(*arguments):
+    return _loss(form, **options)(*arguments), _loss(form)(*arguments)[0]
+
+  (mixed, metrics), plain = jax.tree.map(
+    np.asarray, both(params, target, batch)
+  )
   mixed_total, plain_total, alphas = 0, 0, []
   for k in range(1, form.count + 1):
     rows = [(w, *_guess(form, batch, row, t, k)) for row, t, w in _learnt(k)]
@@ -161,7 +172,8 @@ def test_tokens_a_run_are_counted_place_by_place():
   """A place where the first guess is kept is one where the next may be."""
   form = medusa_models.FORMS[0]
   batch, (params, target, _) = _batch(), _models(form)
-  _, metrics = _loss(form)(params, target, batch)
+  _, metrics = _plain_loss(form)(params, target, batch)
+  metrics = jax.tree.map(np.asarray, metrics)
   runs = 1
   for k in range(1, form.count + 1):
     rows = []
@@ -184,7 +196,7 @@ def test_confidence_learns_and_changes_no_guess():
     loss = lambda params, one=one: _loss(
       one, vocabulary=jnp.asarray(medusa_models.VOCABULARY)
     )(params, target, batch)[0]
-    slopes[one] = jax.grad(loss)(params)
+    slopes[one] = jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(params))
   for k in range(form.count):
     own, other = (dict(slopes[one][f'head_{k}']) for one in (form, plain))
     mine, none = own.pop('confidence'), other.pop('confidence')
@@ -199,7 +211,6 @@ def test_gradients_flow_into_states_where_they_are_to_learn():
   form = medusa_models.FORMS[0]
   batch, (params, target, _) = _batch(), _models(form)
 
-  @functools.partial(jax.jit, static_argnums=1)
   def value(others, objective):
     target, hidden = others
     return medusa_training.loss(
@@ -214,7 +225,8 @@ def test_gradients_flow_into_states_where_they_are_to_learn():
 
   others = target, batch['hidden']
   for objective in ('token', 'forward_kl'):
-    none, slope = jax.grad(value)(others, objective)
+    slope = jax.jit(jax.grad(value), static_argnums=1)
+    none, slope = jax.tree.map(np.asarray, slope(others, objective))
     assert all((x == 0).all() for x in jax.tree.leaves(none))
     # Only where something is learnt from a state.
     learnt = np.zeros((2, _LENGTH), bool)
@@ -224,7 +236,7 @@ def test_gradients_flow_into_states_where_they_are_to_learn():
 
 
 def _new(form):
-  return medusa.init(
+  return medusa_models.init(
     form,
     jax.random.key(0),
     _TARGET.width,
@@ -238,7 +250,7 @@ def test_new_heads_are_right_where_every_position_is_like_the_next(form):
   """Texts of one token: all states are one, so that q_k is p everywhere."""
   batch = _batch([[4] * _LENGTH, [7] * _LENGTH])
   objectives = (('forward_kl', 1.0), ('total_variation', 1.0))
-  value, metrics = _loss(form, objectives=objectives)(
+  value, metrics = jax.jit(_loss(form, objectives=objectives))(
     _new(form), fixtures.params(_TARGET), batch
   )
   # New confidence is one half.
@@ -256,13 +268,12 @@ def test_what_is_not_learnt_does_not_matter():
   mask = np.ones((2, _LENGTH))
   mask[:, 4:] = 0
   batch = _batch(mask=mask)
-  other = {
-    'tokens': batch['tokens'].at[:, 5:].add(1),
-    'hidden': batch['hidden'].at[:, 4:].multiply(3),
-    'loss_mask': batch['loss_mask'],
-  }
+  other = jax.tree.map(np.copy, batch)
+  other['tokens'][:, 5:] += 1
+  other['hidden'][:, 4:] *= 3
   objectives = (('token', 1.0), ('forward_kl', 1.0))
-  step = jax.value_and_grad(_loss(form, objectives=objectives), has_aux=True)
+  loss = _loss(form, objectives=objectives)
+  step = jax.jit(jax.value_and_grad(loss, has_aux=True))
   first, second = (step(params, target, b) for b in (batch, other))
   jax.tree.map(np.testing.assert_array_equal, first, second)
   # The token after the last one is not in the row.
@@ -271,7 +282,9 @@ def test_what_is_not_learnt_does_not_matter():
   first, second = (step(params, target, _batch(mask=end)) for end in ends)
   jax.tree.map(np.testing.assert_array_equal, first, second)
   # And nothing at all.
-  (value, metrics), slope = step(params, target, _batch(mask=0 * mask))
+  (value, metrics), slope = jax.tree.map(
+    np.asarray, step(params, target, _batch(mask=0 * mask))
+  )
   assert value == 0
   assert all((x == 0).all() for x in jax.tree.leaves((slope, metrics['top5'])))
 
@@ -283,24 +296,27 @@ def test_gradients_reach_the_heads_alone_and_are_right(form):
   objectives = (('token', 0.5), ('forward_kl', 1.0))
   loss = _loss(form, objectives=objectives)
 
-  @jax.jit
   def value(params, others):
     target, hidden = others
     return loss(params, target, {**batch, 'hidden': hidden})[0]
 
   others = target, batch['hidden']
-  own, foreign = jax.grad(value, argnums=(0, 1))(params, others)
+  step = jax.jit(jax.value_and_grad(value, argnums=(0, 1)))
+  params = jax.tree.map(np.asarray, params)
+  own, foreign = jax.tree.map(np.asarray, step(params, others)[1])
   assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(foreign))
   assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(own))
   rng = np.random.default_rng(1)
   way = jax.tree.map(
-    lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), own
+    lambda x: rng.standard_normal(x.shape).astype(np.float32), own
   )
   ends = [
-    value(jax.tree.map(lambda x, w, s=s: x + s * w, params, way), others)
+    step(
+      jax.tree.map(lambda x, w, s=s: x + np.float32(s) * w, params, way), others
+    )[0]
     for s in (3e-4, -3e-4)
   ]
-  slope = optax.tree.vdot(own, way)
+  slope = sum(jax.tree.leaves(jax.tree.map(np.vdot, own, way)))
   np.testing.assert_allclose((ends[0] - ends[1]) / 6e-4, slope, rtol=0.03)
 
 
@@ -308,7 +324,9 @@ def test_gradients_reach_the_heads_alone_and_are_right(form):
 def test_ranks_are_places_in_the_sorted_guesses(form):
   batch, (params, target, vocabulary) = _batch(), _models(form)
   ranks = functools.partial(medusa_training.ranks, form, _HEAD, most=4)
-  places, usable = jax.jit(ranks)(params, target, batch, vocabulary=vocabulary)
+  places, usable = jax.tree.map(
+    np.asarray, jax.jit(ranks)(params, target, batch, vocabulary=vocabulary)
+  )
   assert places.shape == (2, _LENGTH, form.count)
   whole = [(row, t) for row, t, _ in _learnt(form.count)]
   assert np.argwhere(np.asarray(usable)).tolist() == [list(w) for w in whole]
@@ -365,16 +383,16 @@ def _write(lm, **choices):
 )
 def test_heads_learn_a_text_and_draft_it(lm, form):
   text = fixtures.texts(_write(lm, drafter='plain')[0])[0]
-  tokens = jnp.asarray([text], jnp.int32)
+  tokens = np.asarray([text], np.int32)
   output, _ = jax.jit(transformer.apply_fn(lm.config))(lm.params, tokens)
-  mask = jnp.ones(tokens.shape)
+  mask = np.ones(tokens.shape, np.float32)
   batch = {'tokens': tokens, 'hidden': output.hidden, 'loss_mask': mask}
   size = lm.config.vocab_size
   allowed, vocabulary = np.arange(size), None
   if form.vocabulary is not None:
     allowed = draft_vocabulary.by_frequency([tokens], form.vocabulary, size)
     vocabulary = jnp.asarray(allowed)
-  params = medusa.init(
+  params = medusa_models.init(
     form, jax.random.key(0), lm.config.width, size, lm.params
   )
   optimizer = optax.adam(0.02)
@@ -403,7 +421,7 @@ def test_heads_learn_a_text_and_draft_it(lm, form):
     return per_run
 
   before = draft(params)
-  state = optimizer.init(params)
+  state = jax.jit(optimizer.init)(params)
   for _ in range(60):
     params, state, metrics = step(params, state)
   inside = np.isin(text, allowed)

@@ -270,6 +270,13 @@ def _verify_cells(name, law: _Law, cells):
   return np.asarray(accepted)[: len(cells)], np.asarray(weights)[: len(cells)]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _verify(name, *arguments):
+  """A rule on chains, compiled."""
+  verify = verifiers.named(name).verify
+  return verify(*arguments, _chain(arguments[-1]))
+
+
 def _chain(proposal):
   return token_tree.chain(proposal.tokens.shape[1])
 
@@ -318,6 +325,11 @@ def test_block_accepts_at_least_as_much_as_token(seed):
   assert block > token + 1e-6
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _row_keys(seed, rows):
+  return sampling.row_keys(seed, jnp.arange(rows))
+
+
 def _proposal(vocab=5, drafted=3, batch=4, seed=0):
   rng = np.random.default_rng(seed)
   logits = jnp.asarray(rng.normal(size=(batch, drafted, vocab)), jnp.float32)
@@ -334,24 +346,25 @@ def test_following_rules_keep_what_the_target_would_have_chosen(name):
   proposal = _proposal(batch=64, seed=1)
   rng = np.random.default_rng(2)
   logits = jnp.asarray(rng.normal(size=(64, 4, 5)), jnp.float32)
-  keys = sampling.row_keys(3, jnp.arange(64))
-  position = jnp.asarray(rng.integers(1, 50, 64), jnp.int32)
+  keys = _row_keys(3, 64)
+  position = np.asarray(rng.integers(1, 50, 64), np.int32)
   if name == 'greedy':
     choice = np.asarray(logits).argmax(-1)
   else:
-    places = position[:, None] + jnp.arange(4)
-    choice = np.asarray(
-      sampling.draw(
-        sampling.position_keys(keys, places, sampling.Purpose.SAMPLE), logits
-      )
-    )
+
+    @jax.jit
+    def draw(keys, places, logits):
+      keys = sampling.position_keys(keys, places, sampling.Purpose.SAMPLE)
+      return sampling.draw(keys, logits)
+
+    places = position[:, None] + np.arange(4, dtype=np.int32)
+    choice = np.asarray(draw(keys, places, logits))
   # Half of the rows propose the choice itself.
   tokens = np.asarray(proposal.tokens).copy()
   tokens[::2] = choice[::2, :3]
   proposal = proposal._replace(tokens=jnp.asarray(tokens))
-  verdict = verifiers.named(name).verify(
-    keys, position, logits, proposal, _chain(proposal)
-  )
+  verdict = _verify(name, keys, position, logits, proposal)
+  verdict = jax.tree.map(np.asarray, verdict)
   for row in range(64):
     n = 0
     count = int(proposal.count[row])
@@ -366,10 +379,9 @@ def test_greedy_rows_of_a_sampled_batch_follow_the_arg_max(name):
   settings = sampling.make(4, temperature=[0.0, 1.0, 0.0, 1.0])
   rng = np.random.default_rng(3)
   raw = jnp.asarray(rng.normal(size=(4, 4, 5)), jnp.float32)
-  logits = sampling.processed_logits(raw, settings)
+  logits = jax.jit(sampling.processed_logits)(raw, settings)
   best = np.asarray(raw).argmax(-1)
-  verify = jax.jit(verifiers.named(name).verify, static_argnums=4)
-  keys, position = sampling.row_keys(0, jnp.arange(4)), jnp.arange(4)
+  keys, position = _row_keys(0, 4), np.arange(4, dtype=np.int32)
   for wrong in range(4):
     tokens = best[:, :3].copy()
     if wrong < 3:
@@ -380,25 +392,42 @@ def test_greedy_rows_of_a_sampled_batch_follow_the_arg_max(name):
       jnp.full((4,), 3, jnp.int32),
       jnp.asarray(one_hot, jnp.float32),
     )
-    verdict = verify(keys, position, logits, proposal, _chain(proposal))
+    verdict = _verify(name, keys, position, logits, proposal)
+    verdict = jax.tree.map(np.asarray, verdict)
     for row in (0, 2):
       assert int(verdict.num_accepted[row]) == wrong
       assert int(verdict.next_token[row]) == best[row, wrong]
 
 
-@pytest.mark.parametrize('name', sorted(verifiers.VERIFIERS))
-def test_rules_are_the_same_compiled_or_not_and_in_any_batch(name):
+@pytest.mark.parametrize(
+  ('name', 'eager'),
+  [
+    *((name, False) for name in sorted(verifiers.VERIFIERS)),
+    ('greedy', True),
+    ('token', True),
+    # An eager rule is one program for each of its operations.
+    *(
+      pytest.param(name, True, marks=pytest.mark.slow)
+      for name in ('block', 'coupled', 'typical')
+    ),
+  ],
+)
+def test_rules_are_the_same_compiled_or_not_and_in_any_batch(name, eager):
   verify = verifiers.named(name).verify
   proposal = _proposal()
-  keys = sampling.row_keys(0, jnp.arange(4))
+  keys = _row_keys(0, 4)
   position = jnp.asarray([3, 9, 1, 4], jnp.int32)
-  logits = jax.random.normal(jax.random.key(1), (4, 4, 5))
+  rng = np.random.default_rng(1)
+  logits = jnp.asarray(rng.standard_normal((4, 4, 5)), jnp.float32)
   arguments = keys, position, logits, proposal
   tree = _chain(proposal)
-  compiled = jax.jit(verify, static_argnums=4)(*arguments, tree)
+  compiled = _verify(name, *arguments)
   third = lambda tree: jax.tree.map(lambda x: x[2:3], tree)
-  with jax.disable_jit():
-    alone = verify(*third(arguments), tree)
+  if eager:
+    with jax.disable_jit():
+      alone = verify(*third(arguments), tree)
+  else:
+    alone = _verify(name, *third(arguments))
   chex.assert_trees_all_equal(third(compiled), alone)
 
 
@@ -407,13 +436,13 @@ def test_an_empty_draft_gives_one_token_of_the_target(name):
   proposal = verifiers.Proposal(
     jnp.zeros((2, 0), jnp.int32), jnp.zeros((2,), jnp.int32), None
   )
-  logits = jnp.where(jnp.arange(5) == 3, 0.0, -jnp.inf) + jnp.zeros((2, 1, 1))
-  verdict = verifiers.named(name).verify(
-    sampling.row_keys(0, jnp.arange(2)),
-    jnp.arange(2),
-    logits,
+  logits = np.where(np.arange(5) == 3, 0.0, -np.inf) + np.zeros((2, 1, 1))
+  verdict = _verify(
+    name,
+    _row_keys(0, 2),
+    np.arange(2, dtype=np.int32),
+    logits.astype(np.float32),
     proposal,
-    _chain(proposal),
   )
   assert verdict.num_accepted.tolist() == [0, 0]
   assert verdict.next_token.tolist() == [3, 3]
@@ -421,17 +450,15 @@ def test_an_empty_draft_gives_one_token_of_the_target(name):
 
 def test_a_draft_from_the_target_is_always_kept():
   # Where p equals q nothing is left to correct with, and 0 / 0 must not be.
-  p = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (64, 4, 5)))
-  tokens = jax.random.randint(jax.random.key(1), (64, 3), 0, 5)
-  proposal = verifiers.Proposal(tokens, jnp.full((64,), 3), p[:, :3])
-  for verifier in (verifiers.TOKEN, verifiers.BLOCK):
-    verdict = jax.jit(verifier.verify, static_argnums=4)(
-      sampling.row_keys(0, jnp.arange(64)),
-      jnp.arange(64),
-      p,
-      proposal,
-      _chain(proposal),
-    )
+  rng = np.random.default_rng(0)
+  raw = rng.standard_normal((64, 4, 5)).astype(np.float32)
+  p = np.asarray(jax.jit(jax.nn.log_softmax)(raw))
+  tokens = rng.integers(0, 5, (64, 3)).astype(np.int32)
+  count = np.full((64,), 3, np.int32)
+  proposal = verifiers.Proposal(tokens, count, p[:, :3])
+  position = np.arange(64, dtype=np.int32)
+  for name in _NAMES:
+    verdict = _verify(name, _row_keys(0, 64), position, p, proposal)
     assert verdict.num_accepted.tolist() == [3] * 64
 
 
@@ -442,9 +469,11 @@ def test_a_verifier_is_found_by_its_name():
 
 
 def test_accept_noise_is_new_in_every_round():
-  keys = sampling.row_keys(0, jnp.arange(3))
-  one = verifiers._uniforms(keys, jnp.asarray([4, 4, 4]), 3)
-  next_round = verifiers._uniforms(keys, jnp.asarray([5, 5, 5]), 3)
+  keys = _row_keys(0, 3)
+  uniforms = jax.jit(verifiers._uniforms, static_argnums=2)
+  one, next_round = (
+    np.asarray(uniforms(keys, jnp.asarray([start] * 3), 3)) for start in (4, 5)
+  )
   # Position 5 of both rounds.
-  assert not np.any(np.asarray(one[:, 1]) == np.asarray(next_round[:, 0]))
-  assert np.unique(np.asarray(one)).size == 9
+  assert not np.any(one[:, 1] == next_round[:, 0])
+  assert np.unique(one).size == 9

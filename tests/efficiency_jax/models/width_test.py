@@ -41,6 +41,7 @@ _CONFIG = DecoderConfig(
 )
 
 
+@functools.cache
 def _params(recipe, config=_CONFIG):
   params = fixtures.params(config, spread=0.2)
   return recipes.quantize(config, params, recipe)[0] if recipe else params
@@ -72,7 +73,7 @@ def test_logits_keys_and_values_keep_their_bits(recipe, change, cache_dtype):
     for start in range(first, last, size):
       output, cache = step(params, tokens[:, start : start + size], cache)
       logits.append(output.logits)
-    return jnp.concatenate(logits, 1), cache
+    return np.concatenate(logits, 1), cache
 
   # A block of attention ends among the tokens that are compared.
   empty = kv_cache.init(config, 1, 128, cache_dtype)
