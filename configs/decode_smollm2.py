@@ -3,7 +3,7 @@
     python -m experiments.decode --config=configs/decode_smollm2.py \
       --workdir=runs/decode
 
-All 80 MT-bench questions and the first 80 HumanEval problems, 64 new tokens,
+All 80 MT-bench questions and 80 of the 164 HumanEval problems, 64 new tokens,
 batch 1 and 8. `configs/decode_smollm2.py:demo` is what `make demo` runs: 8
 problems, 40 tokens, n-grams and the trained drafts that come with the package.
 

@@ -1,5 +1,7 @@
 """Where `answer_chats` leaves its answers, and how they are read."""
 
+from collections.abc import Iterator, Mapping
+import functools
 import pathlib
 
 import jax
@@ -8,10 +10,14 @@ import ml_collections
 import numpy as np
 
 from efficiency_jax import answers
+from efficiency_jax.data import rows as data_rows
 from efficiency_jax.decoding import draft_vocabulary
 from efficiency_jax.io import arrays
 from efficiency_jax.io import pretrained
 from efficiency_jax.models import transformer
+from efficiency_jax.training import objectives
+from efficiency_jax.types import ApplyFn
+from efficiency_jax.types import Params
 
 FOLDER = 'answers'
 
@@ -153,6 +159,16 @@ def states(
   return np.concatenate(
     [np.asarray(of_row(lm.params, row[None]), np.float32) for row in tokens]
   )
+
+
+def batches_with_states(
+  rows: Mapping[str, np.ndarray], count: int, apply: ApplyFn, target: Params
+) -> Iterator[Mapping[str, jax.Array]]:
+  """The first rows in batches of 16, with the target's states."""
+  complete = jax.jit(functools.partial(objectives.completed, apply))
+  rows = {name: array[:count] for name, array in rows.items()}
+  for batch in data_rows.batches(rows, batch_size=16, seed=0, epochs=1):
+    yield complete(target, batch)
 
 
 def coverage(

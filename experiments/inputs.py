@@ -39,8 +39,9 @@ def load_model(config) -> pretrained.LanguageModel:
 def load_prompts(lm, config, name):
   """Pairs of a prompt and its tokens, those that fit the context.
 
-  Of `config.num_prompts` of them each stands as far from the next, so that 8
-  questions of MT-bench are of its 8 categories; 0 is all.
+  With `config.num_prompts` a set is cut into as many parts, and the middle one
+  of each is taken, so that 8 questions of MT-bench are of its 8 categories; 0
+  is all.
   """
   loaded = prompt_sets.load(name) if name != 'inline' else inline(config)
   pairs = []
@@ -50,7 +51,9 @@ def load_prompts(lm, config, name):
     if len(ids) <= config.max_prompt_tokens:
       pairs.append((prompt, ids))
   wanted = min(config.num_prompts or len(pairs), len(pairs))
-  return [pairs[i * len(pairs) // wanted] for i in range(wanted)]
+  return [
+    pairs[(2 * i + 1) * len(pairs) // (2 * wanted)] for i in range(wanted)
+  ]
 
 
 def inline(config):

@@ -15,7 +15,6 @@ import jax
 import ml_collections
 
 from efficiency_jax import drafts
-from efficiency_jax.data import rows as data_rows
 from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import eagle_training
 from efficiency_jax.models import transformer
@@ -51,7 +50,9 @@ def experiment(
       form,
       params,
       frozen['target'],
-      _first_batches(splits['train'], config.ridge_rows, apply, lm.params),
+      answer_files.batches_with_states(
+        splits['train'], config.ridge_rows, apply, lm.params
+      ),
       config.ridge,
     )
   result = training_run.train(
@@ -86,14 +87,6 @@ def experiment(
   draft_report.write(
     workdir, result, found, table, 'drafted token', splits['train'], draft, lm
   )
-
-
-def _first_batches(rows, count: int, apply, target):
-  """The target's states of the first rows, batch by batch."""
-  complete = jax.jit(functools.partial(objectives.completed, apply))
-  rows = {name: array[:count] for name, array in rows.items()}
-  for batch in data_rows.batches(rows, batch_size=16, seed=0, epochs=1):
-    yield complete(target, batch)
 
 
 def _start(lm, form, path: str):

@@ -61,8 +61,7 @@ def experiment(
       **objectives.frozen(lm.params, first.vocabulary),
       'target': adapted,
     },
-    # The adapter of `frozen` is as it began: it adds nothing.
-    loss=objectives.computed(
+    loss=objectives.computed(  # by the adapter as it began, which adds nothing
       objectives.joint(
         first.form,
         apply,

@@ -1,5 +1,6 @@
 """The whole experiment on a random model, and what reads its files."""
 
+import itertools
 import json
 
 import ml_collections
@@ -10,6 +11,7 @@ from efficiency_jax.io import untrained
 from efficiency_jax.models import transformer
 from experiments import answer_chats
 from experiments import answer_files
+from experiments import questions
 
 
 def _start(workdir, *flags):
@@ -119,11 +121,19 @@ def test_folders_with_commas_are_read_one_after_another(tiny_answers):
   np.testing.assert_array_equal(twice.tokens, np.concatenate([once.tokens] * 2))
 
 
-def test_a_model_answers_its_own_questions(tmp_path, capsys):
+def test_a_model_answers_its_own_questions(tmp_path, monkeypatch):
+  """Which a random one hardly ends: here they are given."""
+  asked = lambda lm, **options: (f'is it {i}?' for i in itertools.count())
+  monkeypatch.setattr(questions.answers, 'questions', asked)
   flags = '--config.chats=own', '--config.num_own=24'
   _start(tmp_path / 'own', *flags, '--config.num_train=4')
   made = answer_files.load(tmp_path / 'own', 'train')
-  assert len(made.tokens) == 4
+  tokenizer = untrained.language_model().tokenizer
+  prompts = [
+    tokenizer.decode(row[:start].tolist())
+    for row, start in zip(made.tokens, made.start, strict=True)
+  ]
+  assert len({text[text.index('is it') :][:9] for text in prompts}) == 4
 
 
 def test_answers_that_are_not_there(tmp_path):

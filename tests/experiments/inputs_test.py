@@ -44,6 +44,6 @@ def test_some_prompts_are_taken_from_all_over_a_set():
   names = lambda: [p.name for p, _ in inputs.load_prompts(lm, config, 'inline')]
   fit = names()
   config.num_prompts = 5
-  assert names() == fit[:: len(fit) // 5][:5]
+  assert names() == fit[1:10:2]
   for config.num_prompts in (len(fit), 99):
     assert names() == fit
