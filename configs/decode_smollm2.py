@@ -7,8 +7,8 @@ All 80 MT-bench questions and 80 of the 164 HumanEval problems, 64 new tokens,
 batch 1 and 8. `configs/decode_smollm2.py:demo` is what `make demo` runs: 8
 problems, 40 tokens, n-grams and the trained drafts that come with the package.
 
-Hardware: two CPU cores, 4 GB of memory. The demo takes 4 to 9 minutes with
-downloads and compilation, the whole run some 75 minutes. Expect 1.3x plain on
+Hardware: two CPU cores, 4 GB of memory. The demo takes 3 to 7 minutes with
+compilation, the whole run some 75 minutes. Expect 1.3x plain on
 HumanEval and 1.1x on MT-bench at batch 1, 0.96x to 1.01x at batch 8, and every
 row exact.
 """
@@ -40,7 +40,8 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   config.methods = ('n-gram', 'early exit, 3', 'draft model, 3')
   if demo:
     config.methods = ('n-gram', 'medusa chain, 3', 'eagle chain, 3')
-  config.fixed_lengths = (3, 7)  # of n-gram, beside the adaptive one
+  # Of n-gram, beside the adaptive one.
+  config.fixed_lengths = () if demo else (3, 7)
   config.exit_layers = 10
   config.draft_every = 3  # the draft model: every third layer, untrained
   # The name of a shipped draft, or a file; a draft model may be untrained.
