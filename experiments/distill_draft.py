@@ -39,7 +39,7 @@ def experiment(
     ffn_width=config.ffn_width or None,
   )
   splits, vocabulary = answer_files.for_drafts(lm, config)
-  frozen = objectives.frozen(lm.params, vocabulary, whole=True)
+  frozen = objectives.frozen(lm.params, vocabulary)
   result = training_run.train(
     config.training,
     workdir,

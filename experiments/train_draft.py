@@ -41,7 +41,7 @@ def experiment(
   )
   splits, vocabulary = answer_files.for_drafts(lm, config, form.layers)
   apply = transformer.apply_fn(lm.config, layers=form.layers)
-  frozen = objectives.frozen(lm.params, vocabulary, whole=True)
+  frozen = objectives.frozen(lm.params, vocabulary)
   params = eagle.init(form, jax.random.key(config.seed), lm.params)
   if config.start:
     params = _start(lm, form, config.start)

@@ -39,7 +39,7 @@ def experiment(
     if 'hidden' not in train:
       train['hidden'] = answer_files.states(lm, train['tokens'])
     train['coverage'] = answer_files.coverage(lm, train['hidden'], vocabulary)
-  frozen = objectives.frozen(lm.params, vocabulary, whole=True)
+  frozen = objectives.frozen(lm.params, vocabulary)
   output_head = transformer.head_fn(lm.config)
   result = training_run.train(
     config.training,

@@ -57,10 +57,7 @@ def experiment(
     config.training,
     workdir,
     params={'heads': first.params, 'adapter': lora.factors(adapted)},
-    frozen={
-      **objectives.frozen(lm.params, first.vocabulary),
-      'target': adapted,
-    },
+    frozen=objectives.frozen(adapted, first.vocabulary),
     loss=objectives.computed(  # by the adapter as it began, which adds nothing
       objectives.joint(
         first.form,

@@ -1,8 +1,8 @@
 """What is learnt: losses as the training step takes them.
 
-The `frozen` argument of those of drafts is what they read of the target: its
-embedding table, its output head, and the draft's vocabulary if it has one; or
-the whole target, where its states are `computed`.
+The `frozen` argument of those of drafts is their target and, if a draft has
+one, its vocabulary. Embedding and head are read; all of the target only where
+its states are `computed`.
 """
 
 from typing import Any
@@ -32,18 +32,11 @@ from efficiency_jax.types import Params
 Objectives = tuple[tuple[str, float], ...]
 
 
-def frozen(
-  target: Params, vocabulary: jax.Array | None = None, *, whole: bool = False
-) -> Params:
-  """What drafts read of the target, or all of it, and their vocabulary."""
-  read = target
-  if not whole:
-    read = {
-      name: target[name] for name in ('embedding', 'head') if name in target
-    }
+def frozen(target: Params, vocabulary: jax.Array | None = None) -> Params:
+  """The target, of which a program holds what it reads, and the vocabulary."""
   if vocabulary is None:
-    return {'target': read}
-  return {'target': read, 'vocabulary': jnp.asarray(vocabulary, jnp.int32)}
+    return {'target': target}
+  return {'target': target, 'vocabulary': jnp.asarray(vocabulary, jnp.int32)}
 
 
 def widened(batch: Any) -> dict[str, jax.Array]:
@@ -55,7 +48,7 @@ def computed(loss: Loss, apply: ApplyFn) -> Loss:
   """A loss of a draft whose batches need no `hidden`.
 
   Where a batch has none, the target reads its tokens first, from which nothing
-  is learnt. On an accelerator that costs less than to keep and move its states.
+  is learnt: no states have to be kept, and none moved to an accelerator.
 
   Args:
     loss: Reads `hidden`.

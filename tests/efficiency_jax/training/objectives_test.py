@@ -59,30 +59,13 @@ def _problem(rows: int = 4, **fields):
   return form, params, weights, batch
 
 
-@pytest.mark.parametrize('tied', [True, False])
-def test_drafts_read_embedding_and_head_alone(tied):
-  target = fixtures.params(fixtures.config(tie_embeddings=tied))
-  read = objectives.frozen(target)
-  assert read.keys() == {'target'}
-  names = {'embedding'} if tied else {'embedding', 'head'}
-  assert read['target'].keys() == names
-  for name in names:
-    assert read['target'][name]['table'] is target[name]['table']
-
-
 def test_a_vocabulary_is_frozen_beside_them():
   target = fixtures.params(fixtures.config())
   read = objectives.frozen(target, np.array([3, 1, 2], np.int64))
-  assert read.keys() == {'target', 'vocabulary'}
+  assert read['target'] is target
+  assert objectives.frozen(target).keys() == {'target'}
   assert read['vocabulary'].dtype == jnp.int32
   assert read['vocabulary'].tolist() == [3, 1, 2]
-
-
-def test_a_whole_target_is_frozen_where_its_states_are_computed():
-  target = fixtures.params(fixtures.config())
-  read = objectives.frozen(target, np.array([3]), whole=True)
-  assert read['target'] is target
-  assert read['vocabulary'].tolist() == [3]
 
 
 def test_computed_states_are_those_of_the_target_and_take_no_gradients():
@@ -241,7 +224,7 @@ def _pair(moved: bool):
   }
   if moved:
     trained['adapter'] = jax.tree.map(noisy, trained['adapter'])
-  frozen = {**objectives.frozen(params, _FEW), 'target': adapted}
+  frozen = objectives.frozen(adapted, _FEW)
   *_, batch = _problem()
   apply = transformer.apply_fn(target)
   batch['hidden'] = jax.jit(apply)(params, batch['tokens'])[0].hidden
