@@ -42,6 +42,7 @@ from efficiency_jax.io import errors
 from efficiency_jax.io.pretrained import LanguageModel
 from efficiency_jax.leaves import QTensor
 from efficiency_jax.linear import embed
+from efficiency_jax.models import transformer
 from efficiency_jax.types import Params
 from pallas_kernels.int8_matmul import api as int8_matmul
 
@@ -64,6 +65,7 @@ class _Kind:
 
 
 def _medusa_init(form: medusa.Heads, lm: LanguageModel) -> Params:
+  transformer.check_layers(lm.config, form.layers)
   tokens = None
   if form.vocabulary is not None:
     tokens = jnp.zeros((form.vocabulary,), jnp.int32)

@@ -176,6 +176,7 @@ def prepare(
     chosen = drafters.EarlyExit(apply=transformer.apply_fn(shallow))
   elif drafter == 'medusa':
     chosen, own = _medusa(lm, heads, trees), heads.weights
+    inner = heads.form.layers
   elif drafter == 'eagle':
     chosen, own = _eagle(lm, heads, trees), heads.weights
     inner = heads.form.layers

@@ -31,13 +31,14 @@ def experiment(
 ) -> None:
   """Trains, calibrates, saves and reports."""
   lm = inputs.load_model(config)
-  splits, vocabulary = answer_files.for_drafts(lm, config)
   form = medusa.Heads(vocabulary=config.vocabulary or None, **config.heads)
+  apply = transformer.apply_fn(lm.config, layers=form.layers)
+  splits, vocabulary = answer_files.for_drafts(lm, config, form.layers)
   if form.confidence and vocabulary is not None:
     # What is outside the vocabulary is lost, which confidence has to learn.
     train = splits['train']
     if 'hidden' not in train:
-      train['hidden'] = answer_files.states(lm, train['tokens'])
+      train['hidden'] = answer_files.states(lm, train['tokens'], form.layers)
     train['coverage'] = answer_files.coverage(lm, train['hidden'], vocabulary)
   frozen = objectives.frozen(lm.params, vocabulary)
   output_head = transformer.head_fn(lm.config)
@@ -59,7 +60,7 @@ def experiment(
         objectives=tuple(config.objectives.items()),
         decay=config.decay,
       ),
-      transformer.apply_fn(lm.config),
+      apply,
     ),
     rows=splits['train'],
     held_out=splits['validation'],

@@ -51,7 +51,8 @@ def experiment(
   if drafts.kind(first) != 'medusa':
     raise ValueError(f'--config.draft={config.draft} holds no heads of Medusa.')
   key = jax.random.key(config.seed)
-  apply = transformer.apply_fn(lm.config)
+  layers = first.form.layers
+  apply = transformer.apply_fn(lm.config, layers=layers)
   adapted, report = lora.adapt(lm.params, **config.adapter, key=key)
   result = training_run.train(
     config.training,
@@ -78,7 +79,7 @@ def experiment(
   params = lora.merge(lora.with_factors(adapted, adapter))
   tuned = dataclasses.replace(lm, name=f'{lm.name}, adapted', params=params)
   held_out = dict(splits['validation'])
-  held_out['hidden'] = answer_files.states(tuned, held_out['tokens'])
+  held_out['hidden'] = answer_files.states(tuned, held_out['tokens'], layers)
   heads, found, shown = head_trees.calibrated(
     tuned,
     first.form,

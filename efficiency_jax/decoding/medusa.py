@@ -20,7 +20,15 @@ of DSpark, arXiv 2607.05147):
 
 with e_y the target's embedding of y; U is one for all heads and begins as
 zeros. Then the tree is filled level by level, but W_k x_k is still computed
-once.
+once. The target reads the whole tree in one pass.
+
+The paper's heads see h_t alone. All of them may begin from more, what chosen
+blocks of the target read, x^l_t (EAGLE-3, arXiv 2503.01840), and token t + 1,
+which stands when they guess (Hydra, arXiv 2402.05109): in place of h_t then
+
+    h_t + silu([n(h_t); n(x^l_t) for each of the chosen l; n(e_{t+1})] T)
+
+with T [(2 + F) D, D], zero at first, and n(x) = x / rms(x).
 
 A head may also say how much it trusts its guess, the chance that the target
 would keep one that is sampled from p_k (the confidence head of DSpark):
@@ -28,8 +36,6 @@ would keep one that is sampled from p_k (the confidence head of DSpark):
     c_k = sigmoid(w_k [x_k; P e_y] + b_k)
 
 which may end a chain early.
-
-The target reads the whole tree in one pass.
 """
 
 from collections.abc import Callable
@@ -68,6 +74,8 @@ class Heads:
       `vocabulary` [R] among the parameters that a drafter is given.
     markov: Rank of the bias by the token before a guess; 0 is none.
     confidence: Whether each head says how likely its guess is to be kept.
+    token: Whether the heads see the token that stands before their guesses.
+    layers: F blocks of the target whose inputs they see beside its final state.
   """
 
   count: int = 4
@@ -77,6 +85,8 @@ class Heads:
   vocabulary: int | None = None
   markov: int = 0
   confidence: bool = False
+  token: bool = False
+  layers: tuple[int, ...] = ()
 
   def __post_init__(self):
     if self.count < 1 or self.blocks < 1 or min(self.rank, self.markov) < 0:
@@ -134,6 +144,8 @@ def init(
         'bias': jnp.zeros((1,)),
       }
     params[f'head_{k}'] = one
+  if seen := len(heads.layers) + heads.token:
+    params['trunk'] = {'kernel': jnp.zeros(((1 + seen) * width, width))}
   if heads.markov:
     last = jax.random.fold_in(key, heads.count)
     params['markov'] = _factors(last, width, heads.markov, size)
@@ -143,10 +155,11 @@ def init(
 def logits(
   heads: Heads,
   params: Params,
-  hidden: jax.Array,  # [..., D]
+  hidden: jax.Array,  # [..., (1 + F) D]
   output_head: OutputHead,
   target: Params,
   previous: jax.Array | None = None,  # [..., K, D]
+  token: jax.Array | None = None,  # [..., D]
 ) -> jax.Array:
   """What each head thinks of the token it guesses: [..., K, R] float32.
 
@@ -156,32 +169,34 @@ def logits(
   Args:
     heads: The form.
     params: Of the heads.
-    hidden: States of the target.
+    hidden: States of the target, from `transformer.apply_fn` with the form's
+      layers.
     output_head: The target's head.
     target: What it reads: the target's parameters, or with a vocabulary those
       of `draft_vocabulary.head`.
     previous: The target's embeddings of the token before each guess, for heads
       with a Markov bias.
+    token: The target's embedding of the token after that of `hidden`, for heads
+      that see it.
 
   Raises:
-    ValueError: `previous` is missing, or the heads have no use for it.
+    ValueError: `previous` or `token` is missing, or the heads have no use for
+      it.
   """
-  _check_previous(heads, previous)
+  _check(heads, previous, token)
   own = [params[f'head_{k}'] for k in range(heads.count)]
-  states = _states(heads, params, hidden)
+  states = _states(heads, params, hidden, token)
   if heads.own:
-    scores = [
+    each = [
       output_head(one['output'], states[..., k, :]) for k, one in enumerate(own)
     ]
-    scores = jnp.stack(scores, axis=-2)
+    scores = jnp.stack(each, axis=-2)
   else:
     # One product for all heads: it reads the table once.
     scores = output_head(target, states)
   if heads.rank:
-    corrections = [
-      _through(states[..., k, :], one) for k, one in enumerate(own)
-    ]
-    scores += jnp.stack(corrections, axis=-2)
+    each = [_through(states[..., k, :], one) for k, one in enumerate(own)]
+    scores += jnp.stack(each, axis=-2)
   if heads.markov:
     scores += markov_bias(params, previous)
   return scores
@@ -190,36 +205,35 @@ def logits(
 def confidence(
   heads: Heads,
   params: Params,
-  hidden: jax.Array,  # [..., D]
+  hidden: jax.Array,  # [..., (1 + F) D]
   previous: jax.Array | None = None,  # [..., K, D]
+  token: jax.Array | None = None,  # [..., D]
 ) -> jax.Array:
   """How likely each head's guess is to be kept, as logits: [..., K] float32.
 
   Args:
     heads: The form, with `confidence`.
     params: Of the heads.
-    hidden: States of the target.
+    hidden: As for `logits`.
     previous: As for `logits`. A guess is judged before it is known, by the
       tokens before it alone.
+    token: As for `logits`.
 
   Raises:
-    ValueError: `previous` is missing, or the heads have no use for it.
+    ValueError: As `logits` does.
   """
-  _check_previous(heads, previous)
-  seen = _states(heads, params, hidden)
+  _check(heads, previous, token)
+  seen = _states(heads, params, hidden, token)
   if previous is not None:
     token = linear(previous, params['markov']['down']['kernel'])
     seen = jnp.concatenate([seen, token], axis=-1)
   # Heads learn to guess as they would if nothing were asked of them here.
   seen = lax.stop_gradient(seen)
-  judges = [params[f'head_{k}']['confidence'] for k in range(heads.count)]
-  return jnp.concatenate(
-    [
-      linear(seen[..., k, :], one['kernel'], one['bias']).astype(jnp.float32)
-      for k, one in enumerate(judges)
-    ],
-    axis=-1,
-  )
+  judged = []
+  for k in range(heads.count):
+    one = params[f'head_{k}']['confidence']
+    judged.append(linear(seen[..., k, :], one['kernel'], one['bias']))
+  return jnp.concatenate(judged, axis=-1).astype(jnp.float32)
 
 
 def markov_bias(params: Params, previous: jax.Array) -> jax.Array:
@@ -227,24 +241,48 @@ def markov_bias(params: Params, previous: jax.Array) -> jax.Array:
   return _through(previous, params['markov'])
 
 
-def _check_previous(heads: Heads, previous: jax.Array | None) -> None:
-  if (previous is None) != (heads.markov == 0):
-    raise ValueError(
-      'previous must be given if and only if markov > 0, got'
-      f' {"none" if previous is None else "some"} with markov {heads.markov}.'
-    )
+def _check(heads: Heads, previous: Any, token: Any) -> None:
+  seen = ('previous', previous, heads.markov), ('token', token, heads.token)
+  for name, value, wanted in seen:
+    if (value is not None) != bool(wanted):
+      raise ValueError(
+        f'{name} must be given if and only if the heads see it, got'
+        f' {"none" if value is None else "some"} for {heads}.'
+      )
 
 
-def _states(heads: Heads, params: Params, hidden: jax.Array) -> jax.Array:
+def final_state(heads: Heads, hidden: jax.Array) -> jax.Array:
+  """h_t [..., D] of states [..., (1 + F) D] that the heads read."""
+  return jnp.split(hidden, 1 + len(heads.layers), axis=-1)[0]
+
+
+def _start(
+  heads: Heads, params: Params, hidden: jax.Array, token: jax.Array | None
+) -> jax.Array:
+  """What every head begins from: [..., D]."""
+  if 'trunk' not in params:
+    return hidden
+  seen = jnp.split(hidden, 1 + len(heads.layers), axis=-1)
+  if token is not None:
+    seen.append(token.astype(hidden.dtype))
+  normed = [jax.nn.standardize(x, mean=0.0, epsilon=1e-6) for x in seen]
+  joined = jnp.concatenate(normed, axis=-1)
+  return seen[0] + jax.nn.silu(linear(joined, params['trunk']['kernel']))
+
+
+def _states(
+  heads: Heads, params: Params, hidden: jax.Array, token: jax.Array | None
+) -> jax.Array:
   """x_k of every head: [..., K, D]."""
-
-  def blocks(x, one):
+  start = _start(heads, params, hidden, token)
+  states = []
+  for k in range(heads.count):
+    x = start
     for i in range(heads.blocks):
-      x = x + jax.nn.silu(linear(x, one[f'block_{i}']['kernel']))
-    return x
-
-  own = [params[f'head_{k}'] for k in range(heads.count)]
-  return jnp.stack([blocks(hidden, one) for one in own], axis=-2)
+      block = params[f'head_{k}'][f'block_{i}']
+      x = x + jax.nn.silu(linear(x, block['kernel']))
+    states.append(x)
+  return jnp.stack(states, axis=-2)
 
 
 def _factors(key: jax.Array, width: int, rank: int, size: int) -> Params:
@@ -300,7 +338,7 @@ class TrainedHeads:
 class State(NamedTuple):
   """What the drafter carries from round to round."""
 
-  hidden: jax.Array  # [B, D], the state that the next guesses come from
+  hidden: jax.Array  # [B, (1 + F) D], the state that the next guesses come from
   head: Params | None  # of fewer tokens; None is the target's, or their own
 
 
@@ -381,7 +419,11 @@ class Medusa:
     # A lower tree asks fewer heads; a bias waits for the tokens.
     asked = dataclasses.replace(self.heads, count=tree.height, markov=0)
     head = draft_vocabulary.chosen(weights, state.head)
-    scores = logits(asked, weights.draft, state.hidden, self.output_head, head)
+    token = self._token(weights, context)
+    score = self.output_head
+    scores = logits(
+      asked, weights.draft, state.hidden, score, head, token=token
+    )
     if self.heads.markov:
       tokens = self._level_by_level(weights, scores, context, tree)
     else:
@@ -401,6 +443,12 @@ class Medusa:
       state = state._replace(hidden=new)
     return state, drafters.always(context, longest)
 
+  def _token(self, weights, context) -> jax.Array | None:
+    """The embedding of each row's last token [B, D], if the heads see it."""
+    if not self.heads.token:
+      return None
+    return embed(_last(context)[:, 0], weights.target['embedding']['table'])
+
   def _best(self, weights, scores: jax.Array, ranks: np.ndarray) -> jax.Array:
     """The best tokens of `scores` [..., R], as many as ranks ask for."""
     vocabulary = weights.draft.get('vocabulary')
@@ -419,7 +467,8 @@ class Medusa:
     if asked.markov:
       before = jnp.concatenate([_last(context), tokens[:, :-1]], axis=1)
       previous = embed(before, weights.target['embedding']['table'])
-    trust = confidence(asked, weights.draft, state.hidden, previous)
+    token = self._token(weights, context)
+    trust = confidence(asked, weights.draft, state.hidden, previous, token)
     reached = jnp.cumprod(jax.nn.sigmoid(trust), axis=-1)
     return jnp.sum(reached >= self.least_chance, axis=-1, dtype=jnp.int32)
 

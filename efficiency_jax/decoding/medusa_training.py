@@ -63,10 +63,11 @@ def loss(
     params: Of the heads.
     target: What `output_head` and the heads read of the target; no gradient
       flows into it.
-    batch: `tokens` [B, T] int32; `hidden` [B, T, D], the target's states after
-      the final norm; `loss_mask` [B, T], weights of the positions whose *next*
-      token is to be learnt; perhaps `coverage` [B, T], the probability that the
-      target gives the vocabulary at each position's next token, 1 if absent.
+    batch: `tokens` [B, T] int32; `hidden` [B, T, (1 + F) D], the target's
+      states that the heads read; `loss_mask` [B, T], weights of the positions
+      whose *next* token is to be learnt; perhaps `coverage` [B, T], the
+      probability that the target gives the vocabulary at each position's next
+      token, 1 if absent.
     vocabulary: [R] int32, the tokens that the heads may guess, if the form has
       a vocabulary. Other tokens of the text teach nothing and count as wrong
       guesses.
@@ -90,7 +91,7 @@ def loss(
   target, states = lax.stop_gradient((target, batch['hidden']))
   batch = {**batch, 'hidden': batch['hidden'] if into_states else states}
   head, columns = _reduced(form, target, batch['tokens'], vocabulary)
-  teacher = output_head(head, states)
+  teacher = output_head(head, medusa.final_state(form, states))
   scores = _scores(form, output_head, params, target, head, batch)
   trust = _trust(form, params, target, states, batch['tokens'])
   coverage = batch.get('coverage', jnp.ones(columns.shape))
@@ -195,26 +196,27 @@ def _reduced(form, target, tokens, vocabulary) -> tuple[Params, jax.Array]:
 
 def _scores(form, output_head, params, target, head, batch) -> jax.Array:
   """Logits of the heads along the text: [B, T, K, R]."""
-  previous = _previous(form, target, batch['tokens'])
-  return medusa.logits(
-    form, params, batch['hidden'], output_head, head, previous
-  )
+  seen = _seen(form, target, batch['tokens'])
+  return medusa.logits(form, params, batch['hidden'], output_head, head, **seen)
 
 
 def _trust(form, params, target, hidden, tokens) -> jax.Array | None:
   """Confidence of the heads along the text, as logits: [B, T, K]."""
   if not form.confidence:
     return None
-  previous = _previous(form, target, tokens)
-  return medusa.confidence(form, params, hidden, previous)
+  seen = _seen(form, target, tokens)
+  return medusa.confidence(form, params, hidden, **seen)
 
 
-def _previous(form, target, tokens) -> jax.Array | None:
-  """Embeddings of the token before each guess, for a Markov bias."""
-  if not form.markov:
-    return None
-  before = _stacked(tokens, form.count, first=1)
-  return embed(before, target['embedding']['table'])
+def _seen(form, target, tokens) -> dict[str, jax.Array]:
+  """Embeddings of the tokens that the heads see along the text."""
+  table, seen = target['embedding']['table'], {}
+  if form.markov:
+    before = _stacked(tokens, form.count, first=1)
+    seen['previous'] = embed(before, table)
+  if form.token:
+    seen['token'] = embed(_later(tokens, 1), table)
+  return seen
 
 
 def _masks(loss_mask: jax.Array, count: int) -> list[jax.Array]:

@@ -185,7 +185,8 @@ def joint(
     original = lax.stop_gradient(frozen['target'])
     target = lora.with_factors(original, params['adapter'])
     output, _ = apply(target, tokens)
-    teacher = output_head(original, batch['hidden'])
+    kept = medusa.final_state(form, batch['hidden'])
+    teacher = output_head(original, kept)
     # The token after the last does not stand in the row.
     mask = batch['loss_mask'].at[:, -1].set(0)
     label = jnp.roll(tokens, -1, axis=1)

@@ -24,6 +24,9 @@ FORMS = (
   medusa.Heads(count=3, vocabulary=8, rank=2, confidence=True),
   medusa.Heads(count=3, vocabulary=8, own=True),
   medusa.Heads(count=3, vocabulary=8, markov=3, confidence=True),
+  medusa.Heads(
+    count=3, vocabulary=8, markov=3, confidence=True, token=True, layers=(0,)
+  ),
 )
 
 
@@ -68,13 +71,16 @@ def _exact(heads: medusa.Heads):
 
 
 def formula(
-  heads: medusa.Heads, hidden: np.ndarray, k: int, previous: int
+  heads: medusa.Heads, hidden: np.ndarray, k: int, previous: int, token: int
 ) -> np.ndarray:
-  """Logits [R] of head k = 1 .. K for a state [D] and the token before."""
+  """Logits [R] of head k = 1 .. K for a state [(1 + F) D] and tokens before.
+
+  Those are the one before its guess and the one before all guesses.
+  """
   target, draft = _exact(heads)
   embedding = target['embedding']['table']
   head = draft[f'head_{k - 1}']
-  x = _state(heads, head, hidden)
+  x = _state(heads, head, hidden, token)
   if heads.own:
     scores = head['output']['embedding']['table'] @ x
   elif heads.vocabulary is not None:
@@ -90,12 +96,12 @@ def formula(
 
 
 def trust(
-  heads: medusa.Heads, hidden: np.ndarray, k: int, previous: int
+  heads: medusa.Heads, hidden: np.ndarray, k: int, previous: int, token: int
 ) -> float:
   """How sure head k = 1 .. K is of its guess, in 0 .. 1."""
   target, draft = _exact(heads)
   head = draft[f'head_{k - 1}']
-  seen = _state(heads, head, hidden)
+  seen = _state(heads, head, hidden, token)
   if heads.markov:
     token = target['embedding']['table'][previous]
     seen = np.append(seen, token @ draft['markov']['down']['kernel'])
@@ -103,9 +109,25 @@ def trust(
   return 1 / (1 + np.exp(-seen @ judge['kernel'][:, 0] - judge['bias'][0]))
 
 
-def _state(heads: medusa.Heads, head, hidden: np.ndarray) -> np.ndarray:
-  """What the blocks of a head make of a state [D]."""
-  x = np.asarray(hidden, float)
+def hidden_width(heads: medusa.Heads) -> int:
+  """(1 + F) D."""
+  return TARGET.width * (1 + len(heads.layers))
+
+
+def _state(
+  heads: medusa.Heads, head, hidden: np.ndarray, token: int
+) -> np.ndarray:
+  """What the blocks of a head make of a state [(1 + F) D]."""
+  seen = np.split(np.asarray(hidden, float), 1 + len(heads.layers))
+  x = seen[0]
+  target, draft = _exact(heads)
+  if heads.token:
+    seen.append(target['embedding']['table'][token])
+  if heads.token or heads.layers:
+    scales = [np.sqrt((one**2).mean() + 1e-6) for one in seen]
+    joined = np.concatenate([a / b for a, b in zip(seen, scales, strict=True)])
+    inner = joined @ draft['trunk']['kernel']
+    x = x + inner / (1 + np.exp(-inner))
   for i in range(heads.blocks):
     inner = x @ head[f'block_{i}']['kernel']
     x = x + inner / (1 + np.exp(-inner))

@@ -47,7 +47,7 @@ def _decoder(verifier, *trees, drafter=None, heads=_HEADS, **options):
   drafter = drafter or _drafter(heads, *trees)
   lengths = tuple(sorted(len(tree) - 1 for tree in trees))
   return speculative.Decoder(
-    apply=transformer.apply_fn(_TARGET),
+    apply=transformer.apply_fn(_TARGET, layers=heads.layers),
     drafter=drafter,
     verifier=verifiers.named(verifier),
     schedule=schedule.Schedule(lengths=options.get('lengths', lengths)),
@@ -128,8 +128,10 @@ def test_new_heads_of_few_tokens_are_part_of_the_head(own):
   np.testing.assert_allclose(got, right.repeat(2, axis=1), atol=1e-5)
   with pytest.raises(ValueError, match='previous must be given if and only if'):
     medusa.logits(form, heads, hidden, score, head)
-  with pytest.raises(ValueError, match='got some with markov 0'):
+  with pytest.raises(ValueError, match='see it, got some for .*markov=0'):
     medusa.logits(_HEADS, heads, hidden, score, head, previous)
+  with pytest.raises(ValueError, match='token must be given if and only if'):
+    medusa.logits(form, heads, hidden, score, head, previous, hidden)
   if own:
     with pytest.raises(ValueError, match='must have the 8 rows .* got 11'):
       medusa.init(form, key, width, _VOCAB, params)
@@ -140,8 +142,9 @@ def test_new_heads_of_few_tokens_are_part_of_the_head(own):
 @pytest.mark.parametrize('heads', medusa_models.FORMS, ids=str)
 def test_a_head_is_the_formula_of_the_papers(heads):
   weights = _weights(heads)
-  hidden = np.random.default_rng(0).standard_normal(_TARGET.width)
-  previous = np.arange(heads.count) + 4
+  hidden = medusa_models.hidden_width(heads)
+  hidden = np.random.default_rng(0).standard_normal(hidden)
+  previous, token = np.arange(heads.count) + 4, 2
   table = np.asarray(weights.target['embedding']['table'])
   got = _logits(
     heads,
@@ -150,17 +153,21 @@ def test_a_head_is_the_formula_of_the_papers(heads):
     transformer.head_fn(_TARGET),
     {**weights.target, **medusa_models.table(heads)},
     table[previous] if heads.markov else None,
+    table[token] if heads.token else None,
   )
   for k in range(1, heads.count + 1):
-    right = medusa_models.formula(heads, hidden, k, previous[k - 1])
+    right = medusa_models.formula(heads, hidden, k, previous[k - 1], token)
     np.testing.assert_allclose(got[k - 1], right, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize('heads', medusa_models.FORMS[3::2], ids=str)
+@pytest.mark.parametrize(
+  'heads', medusa_models.FORMS[3::2] + medusa_models.FORMS[6:], ids=str
+)
 def test_confidence_is_the_formula_and_ends_chains(heads):
   """Tokens count while reaching and keeping them is likely enough."""
   weights = _weights(heads)
-  states = np.random.default_rng(1).standard_normal((3, 9, _TARGET.width))
+  shape = 3, 9, medusa_models.hidden_width(heads)
+  states = np.random.default_rng(1).standard_normal(shape)
   context = fixtures.context(_PROMPTS, room=30)
 
   def draft(least, length=3):
@@ -176,7 +183,7 @@ def test_confidence_is_the_formula_and_ends_chains(heads):
     hidden = states[row, len(prompt) - 2] * (len(prompt) > 1)
     before = [prompt[-1], *drafted.tokens[row].tolist()]
     for k in (1, 2, 3):
-      trust = medusa_models.trust(heads, hidden, k, before[k - 1])
+      trust = medusa_models.trust(heads, hidden, k, before[k - 1], before[0])
       chances[row, k] = chances[row, k - 1] * trust
   chances = chances[:, 1:]
   limits = [*(0.999 * chances.ravel()), *(1.001 * chances.ravel())]
@@ -198,7 +205,8 @@ def test_guesses_stand_where_the_tree_has_a_place_for_them(heads, shuffled):
     tree = token_tree.TokenTree((-1, 0, 1, 2, 0, 1, 4, 2, 0, 6))
   drafter = _drafter(heads, tree)
   weights = _weights(heads)
-  states = np.random.default_rng(1).standard_normal((3, 9, _TARGET.width))
+  shape = 3, 9, medusa_models.hidden_width(heads)
+  states = np.random.default_rng(1).standard_normal(shape)
   states = jnp.asarray(states, jnp.float32)
   context = fixtures.context(_PROMPTS, room=30)
 
@@ -218,7 +226,9 @@ def test_guesses_stand_where_the_tree_has_a_place_for_them(heads, shuffled):
     tokens = [prompt[-1], *proposal.tokens[row].tolist()]
     for node in range(1, 10):
       parent = tokens[tree.parents[node]]
-      scores = medusa_models.formula(heads, hidden, tree.depth[node], parent)
+      scores = medusa_models.formula(
+        heads, hidden, tree.depth[node], parent, tokens[0]
+      )
       best = np.argsort(-scores)[tree.rank[node]]
       if heads.vocabulary is not None:
         best = medusa_models.VOCABULARY[best]
@@ -313,7 +323,8 @@ def test_text_does_not_depend_on_where_chains_end(verifier, least):
   mixed = sampling.make(3, **_MIXED)
   options = {'settings': mixed if verifier == 'coupled' else None, 'seed': 4}
   drafter = _drafter(heads, token_tree.chain(3), least=least)
-  decoder = _decoder(verifier, token_tree.chain(3), drafter=drafter)
+  shape = token_tree.chain(3)
+  decoder = _decoder(verifier, shape, drafter=drafter, heads=heads)
   state = _generate(decoder, _PROMPTS, 24, **options)
   assert fixtures.texts(state) == _plain(_PROMPTS, 24, **options)
   # Whole chains are put in every round but the last of a row.
@@ -407,7 +418,7 @@ def test_the_state_that_drafts_is_that_of_the_text():
   # The loop of another test: it is compiled once.
   decoder = _decoder('coupled', _TREE, heads=_FEW)
   settings = sampling.make(3, **_MIXED)
-  apply = jax.jit(transformer.apply_fn(_TARGET))
+  apply = jax.jit(transformer.apply_fn(_TARGET, layers=_FEW.layers))
   for rounds in (0, 1, 4):
     state = _generate(
       decoder, _PROMPTS, 24, settings=settings, max_rounds=rounds

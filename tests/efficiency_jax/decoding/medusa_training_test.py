@@ -33,11 +33,11 @@ _MASK = np.asarray(
 )
 
 
-def _batch(tokens=None, mask=_MASK):
+def _batch(form=medusa_models.FORMS[0], tokens=None, mask=_MASK):
   if tokens is None:
     tokens = np.random.default_rng(0).integers(0, 11, (2, _LENGTH))
   tokens = np.asarray(tokens, np.int32)
-  apply = jax.jit(transformer.apply_fn(_TARGET))
+  apply = jax.jit(transformer.apply_fn(_TARGET, layers=form.layers))
   hidden = np.asarray(apply(fixtures.params(_TARGET), tokens)[0].hidden)
   mask = np.asarray(mask, np.float32)
   return {'tokens': tokens, 'hidden': hidden, 'loss_mask': mask}
@@ -80,8 +80,9 @@ def _guess(form, batch, row, t, k):
   if form.vocabulary is not None:
     allowed = medusa_models.VOCABULARY
   table = np.asarray(fixtures.params(_TARGET)['embedding']['table'], float)
-  p = table[allowed] @ hidden[t + k]
-  q = medusa_models.formula(form, hidden[t], k, tokens[t + k])
+  p = table[allowed] @ hidden[t + k, : _TARGET.width]
+  before = tokens[t + k], tokens[t + 1]
+  q = medusa_models.formula(form, hidden[t], k, *before)
   return _softmax(p), _softmax(q), np.flatnonzero(allowed == tokens[t + k + 1])
 
 
@@ -105,7 +106,7 @@ def _kept(p, q, row, t, k):
 
 @pytest.mark.parametrize('form', medusa_models.FORMS, ids=str)
 def test_loss_and_metrics_are_those_of_a_loop_over_the_text(form):
-  batch, (params, target, _) = _batch(), _models(form)
+  batch, (params, target, _) = _batch(form), _models(form)
   batch['coverage'] = np.asarray(_COVERAGE, np.float32)
   options = {
     'objectives': (('token', 0.3), ('total_variation', 0.7)),
@@ -142,8 +143,10 @@ def test_loss_and_metrics_are_those_of_a_loop_over_the_text(form):
       judged = []
       for row, t, w in _learnt(k):
         p, q, _ = _guess(form, batch, row, t, k)
-        hidden, before = batch['hidden'][row, t], batch['tokens'][row, t + k]
-        trust = medusa_models.trust(form, hidden, k, before)
+        hidden, tokens = batch['hidden'][row, t], batch['tokens'][row]
+        trust = medusa_models.trust(
+          form, hidden, k, tokens[t + k], tokens[t + 1]
+        )
         judged.append((w, trust, _kept(p, q, row, t, k)))
       doubt = _mean(
         (w, -a * np.log(c) - (1 - a) * np.log(1 - c)) for w, c, a in judged
@@ -171,7 +174,7 @@ def test_loss_and_metrics_are_those_of_a_loop_over_the_text(form):
 def test_tokens_a_run_are_counted_place_by_place():
   """A place where the first guess is kept is one where the next may be."""
   form = medusa_models.FORMS[0]
-  batch, (params, target, _) = _batch(), _models(form)
+  batch, (params, target, _) = _batch(form), _models(form)
   _, metrics = _plain_loss(form)(params, target, batch)
   metrics = jax.tree.map(np.asarray, metrics)
   runs = 1
@@ -189,7 +192,7 @@ def test_tokens_a_run_are_counted_place_by_place():
 def test_confidence_learns_and_changes_no_guess():
   """Gradients of the guesses are those of heads without it."""
   form = medusa_models.FORMS[-1]
-  batch, (params, target, _) = _batch(), _models(form)
+  batch, (params, target, _) = _batch(form), _models(form)
   plain = dataclasses.replace(form, confidence=False)
   slopes = {}
   for one in (form, plain):
@@ -209,7 +212,7 @@ def test_confidence_learns_and_changes_no_guess():
 
 def test_gradients_flow_into_states_where_they_are_to_learn():
   form = medusa_models.FORMS[0]
-  batch, (params, target, _) = _batch(), _models(form)
+  batch, (params, target, _) = _batch(form), _models(form)
 
   def value(others, objective):
     target, hidden = others
@@ -245,10 +248,12 @@ def _new(form):
   )
 
 
-@pytest.mark.parametrize('form', medusa_models.FORMS[1::2], ids=str)
+@pytest.mark.parametrize(
+  'form', medusa_models.FORMS[1:5:2] + medusa_models.FORMS[6:], ids=str
+)
 def test_new_heads_are_right_where_every_position_is_like_the_next(form):
   """Texts of one token: all states are one, so that q_k is p everywhere."""
-  batch = _batch([[4] * _LENGTH, [7] * _LENGTH])
+  batch = _batch(form, [[4] * _LENGTH, [7] * _LENGTH])
   objectives = (('forward_kl', 1.0), ('total_variation', 1.0))
   value, metrics = jax.jit(_loss(form, objectives=objectives))(
     _new(form), fixtures.params(_TARGET), batch
@@ -267,7 +272,7 @@ def test_what_is_not_learnt_does_not_matter():
   # Two texts in a row: states 0 .. 3 guess tokens up to 4.
   mask = np.ones((2, _LENGTH))
   mask[:, 4:] = 0
-  batch = _batch(mask=mask)
+  batch = _batch(form, mask=mask)
   other = jax.tree.map(np.copy, batch)
   other['tokens'][:, 5:] += 1
   other['hidden'][:, 4:] *= 3
@@ -279,20 +284,23 @@ def test_what_is_not_learnt_does_not_matter():
   # The token after the last one is not in the row.
   ends = [np.ones((2, _LENGTH)), np.ones((2, _LENGTH))]
   ends[1][:, -1] = 0
-  first, second = (step(params, target, _batch(mask=end)) for end in ends)
+  first, second = (step(params, target, _batch(form, mask=end)) for end in ends)
   jax.tree.map(np.testing.assert_array_equal, first, second)
   # And nothing at all.
   (value, metrics), slope = jax.tree.map(
-    np.asarray, step(params, target, _batch(mask=0 * mask))
+    np.asarray, step(params, target, _batch(form, mask=0 * mask))
   )
   assert value == 0
   assert all((x == 0).all() for x in jax.tree.leaves((slope, metrics['top5'])))
 
 
-@pytest.mark.parametrize('form', medusa_models.FORMS[1:3], ids=str)
+_SEEING = dataclasses.replace(medusa_models.FORMS[-1], confidence=False)
+
+
+@pytest.mark.parametrize('form', [*medusa_models.FORMS[1:3], _SEEING], ids=str)
 def test_gradients_reach_the_heads_alone_and_are_right(form):
   params, target, _ = _models(form)
-  batch = _batch()
+  batch = _batch(form)
   objectives = (('token', 0.5), ('forward_kl', 1.0))
   loss = _loss(form, objectives=objectives)
 
@@ -320,9 +328,9 @@ def test_gradients_reach_the_heads_alone_and_are_right(form):
   np.testing.assert_allclose((ends[0] - ends[1]) / 6e-4, slope, rtol=0.03)
 
 
-@pytest.mark.parametrize('form', medusa_models.FORMS[::5], ids=str)
+@pytest.mark.parametrize('form', medusa_models.FORMS[::6], ids=str)
 def test_ranks_are_places_in_the_sorted_guesses(form):
-  batch, (params, target, vocabulary) = _batch(), _models(form)
+  batch, (params, target, vocabulary) = _batch(form), _models(form)
   ranks = functools.partial(medusa_training.ranks, form, _HEAD, most=4)
   places, usable = jax.tree.map(
     np.asarray, jax.jit(ranks)(params, target, batch, vocabulary=vocabulary)
