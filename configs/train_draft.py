@@ -41,7 +41,14 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   config.ridge = 100.0  # of the least-squares beginning; 0 begins at random
   config.ridge_rows = 2048  # answers that it takes
   config.steps = 2 if tiny else 3  # drafted tokens that are trained for
-  config.objectives = ml_collections.ConfigDict({'forward_kl': 1.0})
+  config.objectives = ml_collections.ConfigDict(
+    {
+      'forward_kl': 1.0,
+      'reverse_kl': 0.0,
+      'jensen_shannon': 0.0,
+      'total_variation': 0.0,
+    }
+  )
   config.tree_nodes = (4, 8) if tiny else (4, 8, 16, 32, 64)
   config.tree_height = 3 if tiny else 6
   config.tree_choices = 4 if tiny else 10  # that a node may have

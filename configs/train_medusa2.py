@@ -25,7 +25,11 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   """The settings of the first stage, where they are not said here."""
   config = train_medusa.get_config(size)
   tiny = size == 'tiny'
-  del config.vocabulary, config.heads  # those of the heads it begins from
+  del (
+    config.vocabulary,
+    config.heads,
+    config.random_outputs,
+  )  # those of the heads it begins from
   config.draft = 'runs/train_medusa/draft.safetensors'  # what to begin from
   config.num_train = 8 if tiny else 640  # answers to learn from, the first ones
   config.adapter = ml_collections.ConfigDict(
@@ -36,7 +40,7 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
     }
   )
   # 'forward_kl' to the model as it was; 'token' is the text's next token.
-  config.backbone = ml_collections.ConfigDict({'forward_kl': 1.0})
+  config.backbone = ml_collections.ConfigDict({'forward_kl': 1.0, 'token': 0.0})
   config.heads_weight = 0.2  # of the heads' loss beside it
   config.training.batch = 4
   config.training.epochs = 1

@@ -48,7 +48,7 @@ def experiment(
     loss=objectives.computed(
       objectives.distillation(
         form,
-        objectives=tuple(config.objectives.items()),
+        objectives=inputs.weights(config, 'objectives'),
         length=config.draft_length,
       ),
       transformer.apply_fn(lm.config),

@@ -36,6 +36,14 @@ def load_model(config) -> pretrained.LanguageModel:
   return dataclasses.replace(lm, name=f'{lm.name}, {recipe}', params=params)
 
 
+def weights(config, field: str) -> tuple[tuple[str, float], ...]:
+  """Names and weights of the losses of a field, without those of weight 0."""
+  chosen = tuple((name, w) for name, w in config[field].items() if w)
+  if not chosen:
+    raise ValueError(f'--config.{field} has no loss: give one a weight.')
+  return chosen
+
+
 def load_prompts(lm, config, name):
   """Pairs of a prompt and its tokens, those that fit the context.
 

@@ -41,6 +41,7 @@ def experiment(
   )
   splits, vocabulary = answer_files.for_drafts(lm, config, form.layers)
   apply = transformer.apply_fn(lm.config, layers=form.layers)
+  losses = inputs.weights(config, 'objectives')
   frozen = objectives.frozen(lm.params, vocabulary)
   params = eagle.init(form, jax.random.key(config.seed), lm.params)
   if config.start:
@@ -61,9 +62,7 @@ def experiment(
     params=params,
     frozen=frozen,
     loss=objectives.computed(
-      objectives.draft(
-        form, steps=config.steps, objectives=tuple(config.objectives.items())
-      ),
+      objectives.draft(form, steps=config.steps, objectives=losses),
       apply,
     ),
     rows=splits['train'],

@@ -11,6 +11,7 @@ of the best shapes; its table says how often each head guesses right.
 import sys
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from efficiency_jax.decoding import draft_vocabulary
@@ -41,23 +42,21 @@ def experiment(
       train['hidden'] = answer_files.states(lm, train['tokens'], form.layers)
     train['coverage'] = answer_files.coverage(lm, train['hidden'], vocabulary)
   frozen = objectives.frozen(lm.params, vocabulary)
+  key, table = jax.random.key(config.seed), frozen['target']
+  table = draft_vocabulary.head(table, vocabulary)
+  if config.random_outputs:
+    table = jax.tree.map(lambda x: _random(key, x), table)
   output_head = transformer.head_fn(lm.config)
   result = training_run.train(
     config.training,
     workdir,
-    params=medusa.init(
-      form,
-      jax.random.key(config.seed),
-      lm.config.width,
-      lm.config.vocab_size,
-      draft_vocabulary.head(frozen['target'], vocabulary),
-    ),
+    params=medusa.init(form, key, lm.config.width, lm.config.vocab_size, table),
     frozen=frozen,
     loss=objectives.computed(
       objectives.heads(
         form,
         output_head,
-        objectives=tuple(config.objectives.items()),
+        objectives=inputs.weights(config, 'objectives'),
         decay=config.decay,
       ),
       apply,
@@ -72,6 +71,12 @@ def experiment(
   draft_report.write(
     workdir, result, found, shown, 'head', splits['train'], heads, lm
   )
+
+
+def _random(key: jax.Array, table: jax.Array) -> jax.Array:
+  """Rows of the lengths that those of a table have, in random directions."""
+  scale = jnp.sqrt(jnp.mean(jnp.square(table.astype(jnp.float32))))
+  return scale * jax.random.normal(key, table.shape)
 
 
 def main(argv) -> None:

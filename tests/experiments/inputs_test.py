@@ -47,3 +47,12 @@ def test_some_prompts_are_taken_from_all_over_a_set():
   assert names() == fit[1:10:2]
   for config.num_prompts in (len(fit), 99):
     assert names() == fit
+
+
+def test_losses_of_weight_zero_are_left_out():
+  config = ml_collections.ConfigDict(
+    {'some': {'token': 1.0, 'forward_kl': 0.0, 'tv': 0.5}, 'none': {'tv': 0.0}}
+  )
+  assert inputs.weights(config, 'some') == (('token', 1.0), ('tv', 0.5))
+  with pytest.raises(ValueError, match='--config.none has no loss'):
+    inputs.weights(config, 'none')
