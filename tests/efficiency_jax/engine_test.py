@@ -17,16 +17,26 @@ from efficiency_jax.decoding.dynamic_tree import Growth
 from efficiency_jax.io import untrained
 
 
-@pytest.fixture(scope='module')
-def lm():
+@functools.cache
+def _lm():
   return untrained.language_model()
+
+
+@pytest.fixture
+def lm():
+  return _lm()
+
+
+@functools.cache
+def _begun(form):
+  return eagle.init(form, jax.random.key(0), _lm().params)
 
 
 def _draft(lm, **options):
   form = eagle.Form(target=lm.config, vocabulary=20)
   return eagle.TrainedDraft(
     form=form,
-    params=eagle.init(form, jax.random.key(0), lm.params),
+    params=_begun(form),
     vocabulary=np.arange(20),
     **options,
   )

@@ -28,35 +28,41 @@ def lm():
 
 
 @pytest.fixture(scope='module')
-def other():
-  return untrained.language_model(seed=1)
+def other(lm):
+  turned = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[::-1]), lm.params)
+  return dataclasses.replace(lm, name='other', params=turned)
 
 
 PROMPTS = ['to be or not to be or', 'héllo', 'x']
 
 
-def _heads(lm):
+@pytest.fixture(scope='module')
+def heads(lm):
   """Two heads that guess at random, with two trees."""
   form = medusa.Heads(count=2)
   width, size = lm.config.width, lm.config.vocab_size
   key = jax.random.key(3)
   params = medusa.init(form, key, width, size, {})
-  params = jax.tree.map(lambda x: jax.random.normal(key, x.shape), params)
+  rng = np.random.default_rng(3)
+  params = jax.tree.map(
+    lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), params
+  )
   shapes = [(0,)], [(0,), (1,), (0, 0), (0, 1), (1, 0)]
   trees = tuple(map(token_tree.from_choices, shapes))
   return medusa.TrainedHeads(form=form, params=params, trees=trees)
 
 
 @pytest.mark.short
-def test_methods_agree_on_greedy_text(lm, other):
+def test_methods_agree_on_greedy_text(lm, other, heads):
   plain = generation.generate(lm, PROMPTS, drafter='plain', max_new_tokens=20)
   assert plain.guarantee == 'greedy'
   for choices in (
     {'drafter': 'n-gram', 'draft_length': 3},
     {'drafter': 'early exit', 'exit_layers': 1, 'draft_length': 2},
     {'drafter': 'draft model', 'draft': other, 'draft_length': 2},
-    {'drafter': 'medusa', 'heads': _heads(lm), 'draft_length': 5},
-    {'drafter': 'medusa', 'heads': _heads(lm)},
+    # Of one program.
+    {'drafter': 'medusa', 'heads': heads, 'force_length': 5},
+    {'drafter': 'medusa', 'heads': heads},
   ):
     mine = generation.generate(lm, PROMPTS, max_new_tokens=20, **choices)
     for a, b in zip(plain.rows, mine.rows, strict=True):
@@ -68,7 +74,7 @@ def test_methods_agree_on_greedy_text(lm, other):
       assert b.accepted_draft.sum() == b.statistics.accepted
 
 
-def test_greedy_text_is_penalized_whatever_the_drafter(lm):
+def test_greedy_text_is_penalized_whatever_the_drafter(lm, heads):
   """Arg max of penalized logits, where the loop makes no point mass of them."""
   ids = [[1, 2, 3, 1, 2], [7]]
   expected = fixtures.plain_texts(
@@ -84,7 +90,7 @@ def test_greedy_text_is_penalized_whatever_the_drafter(lm):
     {'drafter': 'plain'},
     {'drafter': 'n-gram', 'draft_length': 3},
     {'drafter': 'early exit', 'exit_layers': 1, 'draft_length': 2},
-    {'drafter': 'medusa', 'heads': _heads(lm), 'draft_length': 5},
+    {'drafter': 'medusa', 'heads': heads, 'draft_length': 5},
   ):
     made = generation.generate(
       lm, ids, repetition_penalty=1.7, **options, **choices
@@ -215,8 +221,7 @@ def test_a_draft_with_another_tokenizer_is_refused(lm):
     engine_lib.prepare(lm, drafter='draft model', draft=stranger)
 
 
-def test_heads_of_another_target_and_trees_there_are_not_are_refused(lm):
-  heads = _heads(lm)
+def test_heads_of_another_target_and_trees_there_are_not_are_refused(lm, heads):
   with pytest.raises(
     ValueError, match=r'no tree has 3 tokens: there are \[1, 5'
   ):
@@ -227,13 +232,13 @@ def test_heads_of_another_target_and_trees_there_are_not_are_refused(lm):
     engine_lib.prepare(lm, drafter='medusa', heads=heads)
 
 
-def test_sampled_trees_keep_the_text_of_the_seed(lm):
-  settings = {'temperature': 1.0, 'seed': 4, 'max_new_tokens': 20}
+def test_sampled_trees_keep_the_text_of_the_seed(lm, heads):
+  settings = {'temperature': 1.0, 'top_p': 0.9, 'seed': 4, 'max_new_tokens': 20}
   plain = generation.generate(
     lm, PROMPTS, drafter='plain', verifier='coupled', **settings
   )
   mine = generation.generate(
-    lm, PROMPTS, drafter='medusa', heads=_heads(lm), **settings
+    lm, PROMPTS, drafter='medusa', heads=heads, **settings
   )
   assert mine.guarantee == 'seed'
   assert mine.texts == plain.texts

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from efficiency_jax import engine
 from experiments import decode
 
 REQUIRED = (
@@ -31,6 +32,14 @@ def start(workdir: pathlib.Path, *overrides: str) -> None:
       *overrides,
     ]
   )
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _two_lengths():
+  """Of five, each would be a compiled round more, for each batch size."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(engine, 'ADAPTIVE_LENGTHS', (0, 3))
+    yield
 
 
 @pytest.fixture(scope='module')

@@ -25,15 +25,21 @@ def weights(
   """A target and a draft with peaked guesses of its own."""
   target = fixtures.params(form.target)
   rng = np.random.default_rng(seed)
+  # Of what `init` makes, only names and shapes are used.
+  shapes = jax.eval_shape(lambda: eagle.init(form, jax.random.key(0)))
 
   def one(path, leaf):
     noise = rng.standard_normal(leaf.shape)
-    if trees.path_string(path).endswith('kernel'):
+    name = trees.path_string(path)
+    if name.endswith('kernel'):
       return jnp.asarray(1.5 * noise / np.sqrt(leaf.shape[0]), jnp.float32)
-    return leaf + jnp.asarray(0.2 * noise, jnp.float32)
+    if name.startswith('final_norm'):
+      begun = np.asarray(target['final_norm']['scale'])
+    else:
+      begun = name.endswith('scale') and not form.config.norm_plus_one
+    return jnp.asarray(begun + 0.2 * noise, jnp.float32)
 
-  draft = eagle.init(form, jax.random.key(seed), target)
-  draft = jax.tree_util.tree_map_with_path(one, draft)
+  draft = jax.tree_util.tree_map_with_path(one, shapes)
   chosen = None
   if form.vocabulary is not None:
     chosen = np.asarray(vocabulary or vocabulary_of(form), np.int32)
@@ -54,15 +60,25 @@ def head(weights: drafters.Weights):
   return draft_vocabulary.head(weights.target, weights.draft['vocabulary'])
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def scores(form: eagle.Form, weights: drafters.Weights, states):
+  """The draft's logits [..., R] of its own states [..., D]."""
+  return eagle.scores_fn(form)(head(weights), states)
+
+
 def recomputed(form: eagle.Form, state: speculative.State):
   """Cache and features of the draft, from the text and nothing else."""
-  both = weights(form)
-  apply = jax.jit(transformer.apply_fn(form.target, layers=form.layers))
-  hidden = apply(both.target, state.tokens)[0].hidden
+  return _recomputed(form, weights(form), state.tokens, state.draft.cache)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _recomputed(form, both, tokens, cache):
+  apply = transformer.apply_fn(form.target, layers=form.layers)
+  hidden = apply(both.target, tokens)[0].hidden
   features = jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-  cache = jax.tree.map(jnp.zeros_like, state.draft.cache)
+  cache = jax.tree.map(jnp.zeros_like, cache)
   read = eagle.gathered(form, both.draft, both.target, features)
-  _, cache = _apply(form)(both.draft, both.target, state.tokens, read, cache)
+  _, cache = eagle.apply(form, both.draft, both.target, tokens, read, cache)
   return cache, features
 
 
@@ -75,17 +91,23 @@ def scores_after(form: eagle.Form, state, features, row: int, text, known: int):
   both = weights(form)
   tokens = np.zeros((1, 12), np.int32)
   tokens[0, : len(text)] = text
-  before = eagle.gathered(
-    form, both.draft, both.target, features[row : row + 1, :12]
-  )
-  before = np.array(before)
+  features = np.asarray(features)[row : row + 1, :12]
+  before = np.array(_gathered(form, both, features))
   for place in range(known - 1, len(text)):
-    empty = jax.tree.map(lambda x: jnp.zeros_like(x[:1]), state.draft.cache)
-    own, _ = _apply(form)(both.draft, both.target, tokens, before, empty)
+    own, logits = _read(form, both, tokens, before, state.draft.cache)
+    own = np.asarray(own)
     before[:, place + 1 : place + 2] = own[:, place : place + 1]
-  return np.asarray(eagle.scores_fn(form)(head(both), own[0, len(text) - 1]))
+  return np.asarray(logits)[0, len(text) - 1]
 
 
-@functools.cache
-def _apply(form: eagle.Form):
-  return jax.jit(functools.partial(eagle.apply, form))
+@functools.partial(jax.jit, static_argnums=0)
+def _gathered(form, both, features):
+  return eagle.gathered(form, both.draft, both.target, features)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(form, both, tokens, before, cache):
+  """States and logits of a draft on one text, with an empty cache like this."""
+  cache = jax.tree.map(lambda x: jnp.zeros_like(x[:1]), cache)
+  own, _ = eagle.apply(form, both.draft, both.target, tokens, before, cache)
+  return own, scores(form, both, own)

@@ -1,5 +1,7 @@
 """The one-layer draft alone, and through the real loop."""
 
+import functools
+
 import chex
 import hypothesis
 from hypothesis import strategies as st
@@ -167,7 +169,11 @@ def test_a_tree_holds_the_best_guesses_after_each_node():
         assert tokens[child - 1] == order[_TREE.rank[child]]
 
 
-# Drafts that know the target.
+# Drafts that know the target, which has one layer.
+
+_SHALLOW = fixtures.config(
+  num_layers=1, norm_epsilon=1e-12, tie_embeddings=False
+)
 
 
 def _sure(target_config, target, fuse, block):
@@ -198,13 +204,14 @@ def _check_all_accepted(form, weights, prompts, verifier, length, **options):
   [('greedy', 3), ('greedy', 9), ('coupled', 3), ('token', 3), ('block', 2)],
 )
 def test_a_draft_that_is_the_target_is_always_right(verifier, length):
-  """A target of one layer, and a draft that reads nothing but tokens."""
-  config = fixtures.config(num_layers=1, norm_epsilon=1e-12)
+  """Here the draft reads nothing but tokens."""
+  config = _SHALLOW
   table = np.asarray(fixtures.params(config)['embedding']['table'])
   # Unit embeddings, which their norm does not change.
   unit = table / np.sqrt((table**2).mean(-1, keepdims=True))
   embedding = {'table': jnp.asarray(unit)}
-  params = {**fixtures.params(config), 'embedding': embedding}
+  params = fixtures.params(config)
+  params = {**params, 'embedding': embedding, 'head': embedding}
   fuse = np.concatenate([np.eye(16), np.zeros((16, 16))])
   weights = _sure(config, params, fuse, params['layers_0'])
   settings = None
@@ -222,7 +229,7 @@ def test_a_draft_that_reads_states_alone_is_right_where_they_tell_all(length):
 
   A draft fed with another state than that before its token is never right.
   """
-  config = fixtures.config(num_layers=1, tie_embeddings=False)
+  config = _SHALLOW
   follows = np.random.default_rng(0).permutation(_VOCAB)
   assert (follows[follows] != follows).all()
   rows = np.linalg.qr(np.random.default_rng(1).standard_normal((16, 16)))[0]
@@ -259,7 +266,13 @@ def test_drafters_are_static_arguments_and_know_their_trees():
 
 def test_the_draft_is_one_layer_and_has_no_table_of_its_own():
   form = eagle.Form(target=fixtures.every_option(), vocabulary=5)
-  params = eagle.init(form, jax.random.key(0))
+  target = fixtures.params(form.target)
+
+  @jax.jit
+  def both(key, target):
+    return eagle.init(form, key), eagle.init(form, key, target)
+
+  params, begun = both(jax.random.key(0), target)
   assert set(params) == {
     'embedding_norm',
     'feature_norm',
@@ -269,8 +282,6 @@ def test_the_draft_is_one_layer_and_has_no_table_of_its_own():
   }
   assert params['fuse']['kernel'].shape == (32, 16)
   assert form.config.window(0) is None
-  target = fixtures.params(form.target)
-  begun = eagle.init(form, jax.random.key(0), target)
   chex.assert_trees_all_equal(begun['final_norm'], target['final_norm'])
   assert (begun['final_norm']['scale'] != params['final_norm']['scale']).any()
 
@@ -283,9 +294,8 @@ def test_gathered_states_are_their_formula(every):
   assert weights.draft['gather']['kernel'].shape == (32, 16)
   hidden = np.random.default_rng(0).standard_normal((3, 48))
   hidden[1] = 0
-  found = eagle.gathered(
-    form, weights.draft, weights.target, jnp.asarray(hidden, jnp.float32)
-  )
+  gathered = jax.jit(functools.partial(eagle.gathered, form))
+  found = gathered(weights.draft, weights.target, hidden.astype(np.float32))
   right = hidden[:, :16].copy()
   kernel = np.asarray(weights.draft['gather']['kernel'], float)
   for place, layer in ((1, 1), (2, 0)):
@@ -302,9 +312,13 @@ def test_gathered_states_are_their_formula(every):
 def test_inner_states_add_nothing_at_first():
   form = eagle.Form(target=_TARGET, layers=(1,))
   target = fixtures.params(_TARGET)
-  params = eagle.init(form, jax.random.key(0), target)
-  hidden = jnp.asarray(np.random.default_rng(0).standard_normal((2, 32)))
-  found = eagle.gathered(form, params, target, hidden)
+  hidden = np.random.default_rng(0).standard_normal((2, 32)).astype(np.float32)
+
+  @jax.jit
+  def gathered(key, hidden):
+    return eagle.gathered(form, eagle.init(form, key, target), target, hidden)
+
+  found = gathered(jax.random.key(0), hidden)
   np.testing.assert_array_equal(found, hidden[:, :16])
 
 

@@ -32,18 +32,18 @@ def test_step_i_of_training_is_the_ith_drafted_token(every, size):
   context = fixtures.context(
     _TEXTS, room=10, settings=sampling.make(3, temperature=1.0)
   )
-  apply = jax.jit(transformer.apply_fn(target, layers=layers))
-  hidden = apply(weights.target, context.tokens)[0].hidden
+  apply = transformer.apply_fn(target, layers=layers)
   drafter = eagle.Eagle(form=form)
 
   @jax.jit
-  def propose(context, hidden):
+  def propose(context):
+    hidden = apply(weights.target, context.tokens)[0].hidden
     state = drafter.init(weights, context, _STEPS, hidden)
     return drafter.propose(
       weights, state, None, context, _STEPS, sampling.Purpose.DRAFT
     )[0]
 
-  proposal = propose(context, hidden)
+  proposal = jax.tree.map(np.asarray, propose(context))
   # The drafted texts behind one another in one row.
   whole = [
     text + draft
@@ -51,48 +51,56 @@ def test_step_i_of_training_is_the_ith_drafted_token(every, size):
   ]
   ends = np.cumsum([len(text) for text in whole])
   segments = np.repeat(np.arange(len(whole)), [len(text) for text in whole])
-  tokens = jnp.asarray(np.concatenate(whole))[None]
-  segments = jnp.asarray(segments, jnp.int32)[None]
-  hidden = apply(weights.target, tokens, segments=segments)[0].hidden
-  states = jax.jit(
-    functools.partial(eagle_training.rollout, form), static_argnames='steps'
-  )(weights.draft, weights.target, tokens, hidden, _STEPS, segments)
-  masks = eagle_training.reached(tokens.shape, _STEPS, segments)
-  scores = eagle.scores_fn(form)
-  head = eagle_models.head(weights)
+
+  @jax.jit
+  def train(tokens, segments):
+    hidden = apply(weights.target, tokens, segments=segments)[0].hidden
+    states = eagle_training.rollout(
+      form, weights.draft, weights.target, tokens, hidden, _STEPS, segments
+    )
+    masks = eagle_training.reached(tokens.shape, _STEPS, segments)
+    return [eagle_models.scores(form, weights, x) for x in states], masks
+
+  scores, masks = jax.tree.map(
+    np.asarray,
+    train(np.concatenate(whole)[None], segments.astype(np.int32)[None]),
+  )
   for row, (text, end) in enumerate(zip(_TEXTS, ends, strict=True)):
     first = end - len(whole[row]) + len(text) - 1
     for i in range(_STEPS):
       assert bool(masks[i][0, first + i])
       logits = np.full(target.vocab_size, -np.inf)
       columns = eagle_models.VOCABULARY[:size] if size else slice(None)
-      logits[columns] = scores(head, states[i][0, first + i])
+      logits[columns] = scores[i][0, first + i]
       right = proposal.logits[row, i]
       np.testing.assert_allclose(logits, right, atol=2e-5)
 
 
 def test_no_step_begins_before_its_text():
-  segments = jnp.asarray([[0, 0, 0, 1, 1, 2]])
-  masks = eagle_training.reached((1, 6), 3, segments)
+  segments = np.asarray([[0, 0, 0, 1, 1, 2]])
+  reached = jax.jit(eagle_training.reached, static_argnums=(0, 1))
+  masks = reached((1, 6), 3, segments)
   assert masks[0].tolist() == [[True] * 6]
   assert masks[1][0].tolist() == [False, True, True, False, True, False]
   assert masks[2][0].tolist() == [False, False, True, False, False, False]
-  assert eagle_training.reached((1, 3), 2)[1].tolist() == [[False, True, True]]
+  assert reached((1, 3), 2)[1].tolist() == [[False, True, True]]
 
 
-def _batch(target, params, layers=()):
+def _batch(target, params, layers=(), packed=True):
+  """Texts, what the target makes of them, and its logits; in numpy."""
   rng = np.random.default_rng(0)
-  tokens = jnp.asarray(rng.integers(0, target.vocab_size, (2, 9)), jnp.int32)
-  segments = jnp.asarray([[0] * 4 + [1] * 5, [0] * 9], jnp.int32)
+  tokens = rng.integers(0, target.vocab_size, (2, 9)).astype(np.int32)
+  segments = np.asarray([[0] * 4 + [1] * 5, [0] * 9], np.int32)
+  packed = {'segments': segments} if packed else {}
   apply = jax.jit(transformer.apply_fn(target, layers=layers))
-  output, _ = apply(params, tokens, segments=segments)
-  mask = jnp.asarray(rng.integers(0, 2, (2, 9)), jnp.float32)
+  output, _ = apply(params, tokens, **packed)
+  mask = rng.integers(0, 2, (2, 9)).astype(np.float32)
   return {
     'tokens': tokens,
-    'hidden': output.hidden,
+    'hidden': np.asarray(output.hidden),
     'loss_mask': mask,
-    'segments': segments,
-  }, output.logits
+    **packed,
+  }, np.asarray(output.logits)
 
 
 def _softmax(x):
@@ -110,29 +118,36 @@ def test_the_loss_is_its_formula():
     'vocabulary': vocabulary,
     'objectives': (('cross_entropy', 0.1), ('total_variation', 0.9)),
   }
-  whole = np.asarray(jax.nn.softmax(logits), float)
+  whole = _softmax(np.asarray(logits, float))
   coverage = whole[..., np.asarray(vocabulary)].sum(-1)
-  loss = jax.jit(
-    functools.partial(eagle_training.loss, form, steps=3, **options)
+
+  @jax.jit
+  def both(batch, coverage):
+    loss = functools.partial(
+      eagle_training.loss, form, weights.draft, weights.target, **options
+    )
+    states = eagle_training.rollout(
+      form,
+      weights.draft,
+      weights.target,
+      batch['tokens'],
+      batch['hidden'],
+      steps=3,
+      segments=batch['segments'],
+    )
+    masks = eagle_training.reached((2, 9), 3, batch['segments'])
+    logits = [eagle_models.scores(form, weights, x) for x in states]
+    covered = {**batch, 'coverage': coverage}
+    return loss(batch, steps=3), loss(covered, steps=3), logits, masks
+
+  (value, metrics), (_, covered), drafted, masks = jax.tree.map(
+    np.asarray, both(batch, coverage.astype(np.float32))
   )
-  value, metrics = loss(weights.draft, weights.target, batch)
-  states = jax.jit(functools.partial(eagle_training.rollout, form, steps=3))(
-    weights.draft,
-    weights.target,
-    batch['tokens'],
-    batch['hidden'],
-    segments=batch['segments'],
-  )
-  masks = eagle_training.reached((2, 9), 3, batch['segments'])
   p = _softmax(np.asarray(logits, float)[..., np.asarray(vocabulary)])
   total, alphas = 0, []
-  _, covered = loss(
-    weights.draft, weights.target, {**batch, 'coverage': jnp.asarray(coverage)}
-  )
   for i in range(3):
-    scores = eagle.scores_fn(form)(eagle_models.head(weights), states[i])
-    q = _softmax(np.asarray(scores, float))
-    mask = np.asarray(batch['loss_mask'] * masks[i])
+    q = _softmax(np.asarray(drafted[i], float))
+    mask = batch['loss_mask'] * masks[i]
     mean = lambda x, mask=mask: (x * mask).sum() / mask.sum()
     cross = mean(-(p * np.log(q)).sum(-1))
     variation = mean(np.abs(p - q).sum(-1) / 2)
@@ -174,24 +189,23 @@ def test_gradients_reach_the_draft_alone_and_are_right():
     return value
 
   others = weights.target, batch['hidden']
-  own, foreign = jax.jit(jax.grad(loss, argnums=(0, 1)))(weights.draft, others)
-  assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(foreign))
+  slopes = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+  _, (own, foreign) = jax.tree.map(np.asarray, slopes(weights.draft, others))
+  assert all((x == 0).all() for x in jax.tree.leaves(foreign))
   assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(own))
   rng = np.random.default_rng(1)
   way = jax.tree.map(
-    lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), own
+    lambda x: rng.standard_normal(x.shape).astype(np.float32), own
   )
   slope = sum(
     (a * b).sum()
     for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(way), strict=True)
   )
-  step = 3e-4
-  value = jax.jit(
-    lambda by: loss(
-      jax.tree.map(lambda x, w: x + by * w, weights.draft, way), others
-    )
+  step = np.float32(3e-4)
+  moved = lambda by: jax.tree.map(
+    lambda x, w: np.asarray(x) + by * w, weights.draft, way
   )
-  ends = value(step), value(-step)
+  ends = [float(slopes(moved(by), others)[0]) for by in (step, -step)]
   np.testing.assert_allclose((ends[0] - ends[1]) / (2 * step), slope, rtol=0.03)
 
 
@@ -201,7 +215,7 @@ def test_a_draft_learns():
   form = eagle.Form(target=target)
   params = fixtures.params(target)
   batch, _ = _batch(target, params)
-  batch = {**batch, 'loss_mask': jnp.ones((2, 9))}
+  batch = {**batch, 'loss_mask': np.ones((2, 9), np.float32)}
   draft = eagle.init(form, jax.random.key(0), params)
 
   @jax.jit
@@ -216,6 +230,7 @@ def test_a_draft_learns():
   for _ in range(60):
     draft, metrics = step(draft)
     seen.append(metrics)
+  seen = jax.tree.map(np.asarray, [seen[0], seen[-1]])
   assert (seen[-1]['alpha'] > seen[0]['alpha'] + 0.2).all()
   assert seen[-1]['tokens_per_run'] > seen[0]['tokens_per_run'] + 0.5
 
@@ -223,7 +238,7 @@ def test_a_draft_learns():
 def test_a_vocabulary_that_the_form_does_not_say_is_refused():
   form = eagle.Form(target=fixtures.config(), vocabulary=6)
   with pytest.raises(ValueError, match='must have 6 tokens as the form says'):
-    eagle_training.loss(form, {}, {}, {}, vocabulary=jnp.arange(5))
+    eagle_training.loss(form, {}, {}, {}, vocabulary=np.arange(5))
   with pytest.raises(ValueError, match='vocabulary must be in 1..11 or None'):
     eagle.Form(target=fixtures.config(), vocabulary=12)
 
@@ -233,46 +248,42 @@ def test_ranks_are_places_among_the_guesses_of_the_draft_itself():
   target = fixtures.config()
   form = eagle.Form(target=target, vocabulary=6)
   weights = eagle_models.weights(form)
-  batch, _ = _batch(target, weights.target)
-  del batch['segments']
-  tokens = batch['tokens']
-  output, _ = transformer.apply_fn(target)(weights.target, tokens)
-  batch |= {
-    'hidden': output.hidden,
-    'loss_mask': jnp.ones((2, 9)).at[1, 6].set(0),
-  }
+  batch, _ = _batch(target, weights.target, packed=False)
+  batch['loss_mask'] = np.ones((2, 9), np.float32)
+  batch['loss_mask'][1, 6] = 0
   vocabulary = np.asarray(weights.draft['vocabulary'])
   found, mask = jax.jit(
     functools.partial(eagle_training.ranks, form, steps=3, most=4)
-  )(weights.draft, weights.target, batch, vocabulary=jnp.asarray(vocabulary))
+  )(weights.draft, weights.target, batch, vocabulary=vocabulary)
+  found = np.asarray(found)
   # The token after position t + i must be one that is learnt.
   expected = np.zeros((2, 9), bool)
   expected[:, :6] = True
   expected[1, 4:] = False
   np.testing.assert_array_equal(mask, expected)
-  step = jax.jit(functools.partial(eagle.apply, form))
-  for row, t in zip(*np.nonzero(expected), strict=True):
-    text = tokens[row : row + 1]
-    before = jnp.pad(output.hidden[row : row + 1, :t], ((0, 0), (1, 0), (0, 0)))
-    cache = kv_cache.init(form.config, 1, 16, jnp.float32)
-    own, cache = step(
-      weights.draft, weights.target, text[:, : t + 1], before, cache
+
+  @jax.jit
+  def read(tokens, before):
+    cache = kv_cache.init(form.config, len(tokens), 16, jnp.float32)
+    own, _ = eagle.apply(
+      form, weights.draft, weights.target, tokens, before, cache
     )
-    state = own[:, -1:]
-    for i in range(3):
-      scores = eagle.scores_fn(form)(eagle_models.head(weights), state[0, 0])
-      order = vocabulary[np.argsort(-np.asarray(scores))[:4]].tolist()
-      right = int(text[0, t + i + 1])
+    return own, eagle_models.scores(form, weights, own)
+
+  # A row for each place, whose text is read anew for each token.
+  rows, places = np.nonzero(expected)
+  every = np.arange(len(rows))
+  before = np.pad(batch['hidden'], ((0, 0), (1, 0), (0, 0)))[rows, :-1]
+  # Of what the target says, nothing behind the place.
+  before[np.arange(9) > places[:, None]] = 0
+  for i in range(3):
+    own, scores = map(np.asarray, read(batch['tokens'][rows], before))
+    for at, (row, t) in enumerate(zip(rows, places, strict=True)):
+      order = vocabulary[np.argsort(-scores[at, t + i])[:4]].tolist()
+      right = int(batch['tokens'][row, t + i + 1])
       place = order.index(right) if right in order else -1
       assert found[row, t, i] == place
-      if i < 2:
-        state, cache = step(
-          weights.draft,
-          weights.target,
-          text[:, t + i + 1 : t + i + 2],
-          state,
-          cache,
-        )
+    before[every, places + i + 1] = own[every, places + i]
 
 
 @pytest.mark.parametrize('every', [False, True])
@@ -308,9 +319,10 @@ def test_least_squares_begins_as_the_best_linear_draft(every):
   kernel = np.linalg.lstsq(inputs, outputs)[0]
   np.testing.assert_allclose(found['fuse']['kernel'], kernel, atol=2e-4)
   # The block adds nothing yet.
-  states = eagle_training.rollout(
-    form, found, params, batch['tokens'], batch['hidden'], 1
-  )[0]
+  (states,) = jax.jit(functools.partial(eagle_training.rollout, form, steps=1))(
+    found, params, batch['tokens'], batch['hidden']
+  )
+  states = np.asarray(states)
   linear = normed(inputs[0] @ kernel) * scale
   row, t = np.argwhere(np.asarray(batch['loss_mask'])[:, 1:])[0]
   np.testing.assert_allclose(states[row, t + 1], linear, atol=2e-3)

@@ -147,8 +147,16 @@ _CASES = [
 ]
 
 
-# The second is one of the lengths of the last case.
-_SLOW = (('eagle', 'coupled', (7,)), ('draft model', 'block', (3,)))
+_SLOW = (
+  # Coupled text is the plain text of the seed, token by token, for each drafter
+  # (`speculative_test`, `eagle_test`); that text has its own case here, and so
+  # has one coupled drafter.
+  ('eagle', 'coupled', (7,)),
+  ('draft model', 'coupled', (3,)),
+  ('early exit', 'coupled', (3,)),
+  # One of the lengths of the last case.
+  ('draft model', 'block', (3,)),
+)
 
 
 @pytest.mark.parametrize(
