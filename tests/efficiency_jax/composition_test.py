@@ -18,13 +18,22 @@ from efficiency_jax.quantization import rules
 from efficiency_jax.quantization.codebooks import Codes
 from tests import fixtures
 
+# Blocks of two shapes of matrices; a method is compiled for each shape.
+_CONFIG = fixtures.config(
+  vocab_size=257,
+  width=64,
+  ffn_width=64,
+  head_dim=16,
+  num_layers=1,
+  max_positions=256,
+)
 _PROMPTS = ['to be or not to be or', 'x']
 _TREE = token_tree.from_choices([(0,), (1,), (0, 0)])
 
 
 @functools.cache
 def _lm(recipe=''):
-  lm = untrained.language_model()
+  lm = untrained.language_model(_CONFIG)
   # Of fixtures, because an untrained model says one token for ever.
   lm = dataclasses.replace(lm, params=fixtures.params(lm.config, spread=0.2))
   if not recipe:

@@ -16,9 +16,14 @@ from efficiency_jax.quantization import rules
 from tests.efficiency_jax import draft_cases as cases
 
 
+def _language_model():
+  """Fewer shapes of matrices: a method is compiled for each."""
+  return cases.language_model(ffn_width=16)
+
+
 @pytest.mark.parametrize(('drafter', 'length'), [('eagle', 3), ('medusa', 5)])
 def test_a_quantized_draft_drafts_what_its_weights_stand_for(drafter, length):
-  lm = cases.language_model()
+  lm = _language_model()
   draft = cases.KINDS[drafter](lm)
   small = quantized_drafts.quantize(draft, lm, 'int8')
   table = draft_vocabulary.table(small.head)
@@ -45,7 +50,7 @@ def test_a_quantized_draft_drafts_what_its_weights_stand_for(drafter, length):
 
 
 def test_the_narrow_factor_of_a_markov_bias_is_not_rounded():
-  lm = cases.language_model()
+  lm = _language_model()
   draft = cases.KINDS['medusa'](lm)
   small = quantized_drafts.quantize(draft, lm, 'W8A8').params['markov']
   down = small['down']['kernel']
@@ -54,7 +59,7 @@ def test_the_narrow_factor_of_a_markov_bias_is_not_rounded():
 
 
 def test_drafts_without_a_head_of_their_own_are_quantized_too():
-  lm = cases.language_model()
+  lm = _language_model()
   for kind in ('eagle of all tokens', 'draft model'):
     draft = cases.KINDS[kind](lm)
     small = quantized_drafts.quantize(draft, lm, 'W8A8')
@@ -64,7 +69,7 @@ def test_drafts_without_a_head_of_their_own_are_quantized_too():
 
 
 def test_a_quantized_draft_is_not_saved(tmp_path):
-  lm = cases.language_model()
+  lm = _language_model()
   small = quantized_drafts.quantize(cases.eagle_draft(lm), lm, 'int8')
   plain = rules.dequantize(small.params)
   for draft in (
@@ -85,12 +90,12 @@ def test_a_quantized_draft_is_not_saved(tmp_path):
 def test_a_head_needs_its_vocabulary(kind):
   with pytest.raises(ValueError, match='needs the vocabulary that it scores'):
     dataclasses.replace(
-      cases.KINDS[kind](cases.language_model()),
+      cases.KINDS[kind](_language_model()),
       head={'table': jnp.ones((8, 4))},
     )
 
 
 def test_recipes_that_need_text_are_refused():
-  lm = cases.language_model()
+  lm = _language_model()
   with pytest.raises(ValueError, match="'GPTQ int4' needs calibration text"):
     quantized_drafts.quantize(cases.eagle_draft(lm), lm, 'GPTQ int4')

@@ -13,7 +13,11 @@ from efficiency_jax.models import transformer
 from efficiency_jax.quantization.codebooks import Codes
 from tests import fixtures
 
-_CONFIGS = (fixtures.config(), fixtures.every_option())
+_CONFIGS = (
+  fixtures.config(),
+  fixtures.every_option(num_layers=2, windows=(3, None)),
+)
+_linear = jax.jit(linear)
 _TOKENS = jnp.asarray([[1, 5, 2, 2, 9, 0], [3, 3, 0, 9, 4, 4]], jnp.int32)
 _RULES = ('attention/qkv/kernel$', 'layers_1/ffn/')
 
@@ -26,7 +30,9 @@ def _adapted(config, rules=('/kernel$',)):
 def _moved(adapted):
   """The same with an adapter that says something."""
   rng = np.random.default_rng(0)
-  noisy = lambda x: x + jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype)
+  noisy = lambda x: jnp.asarray(
+    np.asarray(x) + 0.3 * rng.standard_normal(x.shape), x.dtype
+  )
   return lora.with_factors(adapted, jax.tree.map(noisy, lora.factors(adapted)))
 
 
@@ -62,9 +68,8 @@ def test_a_new_adapter_changes_no_bit_of_a_product(dtype, rows):
   adapted, _ = lora.adapt(
     {'kernel': kernel}, ['kernel'], 3, 6.0, jax.random.key(0)
   )
-  product = jax.jit(linear)
   np.testing.assert_array_equal(
-    product(x, adapted['kernel'], bias), product(x, kernel, bias)
+    _linear(x, adapted['kernel'], bias), _linear(x, kernel, bias)
   )
 
 
@@ -135,9 +140,10 @@ def test_gradients_reach_the_factors_alone_and_are_those_of_the_sum():
   def dense(w, a, b):
     return jnp.sum(weight * jnp.tanh(x @ (w + 0.7 * a @ b)))
 
-  np.testing.assert_allclose(adapted(w, a, b), dense(w, a, b), rtol=1e-4)
-  none, *mine = jax.grad(adapted, argnums=(0, 1, 2))(w, a, b)
-  _, *expected = jax.grad(dense, argnums=(0, 1, 2))(w, a, b)
+  both = lambda f: jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(w, a, b)
+  got, (none, *mine) = both(adapted)
+  right, (_, *expected) = both(dense)
+  np.testing.assert_allclose(got, right, rtol=1e-4)
   assert (np.asarray(none) == 0).all()
   for got, right in zip(mine, expected, strict=True):
     np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-4)
@@ -159,24 +165,26 @@ def test_what_cannot_be_adapted_is_refused():
 
 def test_a_kernel_in_four_bits_can_be_adapted():
   """No gradient reaches it, and what is trained is merged with what it says."""
-  weight = jax.random.normal(jax.random.key(0), (64, 16))
-  frozen = {'kernel': Codes()(weight)}
+  rng = np.random.default_rng(0)
+  weight = jnp.asarray(rng.standard_normal((64, 16)), jnp.float32)
+  frozen = {'kernel': jax.jit(Codes().__call__)(weight)}
   adapted, _ = lora.adapt(frozen, ['kernel'], 2, 4.0, key=jax.random.key(1))
-  x = jax.random.normal(jax.random.key(2), (3, 64))
+  x = jnp.asarray(rng.standard_normal((3, 64)), jnp.float32)
   np.testing.assert_array_equal(
-    linear(x, adapted['kernel']), linear(x, frozen['kernel'])
+    _linear(x, adapted['kernel']), _linear(x, frozen['kernel'])
   )
   loss = lambda factors: jnp.sum(
     linear(x, lora.with_factors(adapted, factors)['kernel']) ** 2
   )
   factors = lora.factors(adapted)
-  grads = jax.grad(loss)(factors)
+  loss_and_grads = jax.jit(jax.value_and_grad(loss))
+  before, grads = loss_and_grads(factors)
   moved = jax.tree.map(lambda f, g: f - 1e-3 * g, factors, grads)
-  assert loss(moved) < loss(factors)
+  assert loss_and_grads(moved)[0] < before
   trained = lora.with_factors(adapted, moved)
   np.testing.assert_allclose(
     x @ lora.merge(trained)['kernel'],
-    linear(x, trained['kernel']),
+    _linear(x, trained['kernel']),
     rtol=1e-4,
     atol=1e-4,
   )

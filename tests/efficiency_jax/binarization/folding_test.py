@@ -85,8 +85,8 @@ def test_a_tie_is_plus_one_on_either_slope():
 
 
 def test_weights_take_a_bit():
-  params, found, _ = _trained(networks.Config(image=(8, 8, 1)))
-  config = networks.Config(image=(8, 8, 1))
+  config = networks.Config(image=(8, 8, 1), hidden=(64, 64))
+  params, found, _ = _trained(config)
   folded = folding.fold(config, params, found)
   weights = sum(int(np.prod(shape)) for shape in config.kernels)
   assert sum(layer.words.nbytes for layer in folded.layers) == weights / 8

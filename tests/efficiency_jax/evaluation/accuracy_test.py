@@ -29,7 +29,8 @@ def _model(config):
 
 @pytest.fixture(scope='module')
 def lm():
-  return _model(untrained.language_model().config)
+  config = fixtures.config(vocab_size=257, num_layers=1, max_positions=4096)
+  return _model(config)
 
 
 @pytest.fixture(scope='module')
@@ -52,11 +53,13 @@ def alphabet():
   shapes = jax.eval_shape(
     lambda key: transformer.init(config, key), jax.random.key(0)
   )
-  params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+  params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
   params |= {
-    'embedding': {'table': 30 * jnp.eye(257, 320)},
+    'embedding': {
+      'table': jnp.asarray(30 * np.eye(257, 320, dtype=np.float32))
+    },
     'head': {'table': jnp.asarray(head)},
-    'final_norm': {'scale': jnp.ones(320)},
+    'final_norm': {'scale': np.ones(320, np.float32)},
   }
   return dataclasses.replace(lm, config=config, params=params)
 
@@ -110,7 +113,10 @@ def _alone(lm, context, continuation):
 @pytest.mark.parametrize('name', ['plain', 'every option'])
 def test_a_tree_scores_what_rows_of_their_own_score(lm, name):
   if name != 'plain':
-    lm = _model(fixtures.every_option(vocab_size=257))
+    config = fixtures.every_option(
+      vocab_size=257, num_layers=2, windows=(3, None)
+    )
+    lm = _model(config)
   questions = QUESTIONS[:8]
   found = accuracy._answers(
     lm, [(q.context, q.continuations) for q in questions], 3, None

@@ -1,5 +1,7 @@
 """GPTQ: a larger error of the weight, a smaller one of the product."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,11 @@ from efficiency_jax.quantization.gptq import Gptq
 pytestmark = pytest.mark.short
 
 
+_dequantize = jax.jit(leaves.dequantize)
+_inputs = jax.jit(calibration.inputs)
+
+
+@functools.cache
 def _problem(rows=192, columns=24):
   """A weight, and correlated rows that it multiplies."""
   rng = np.random.default_rng(0)
@@ -29,10 +36,11 @@ def _problem(rows=192, columns=24):
 def test_the_product_gains_what_the_weight_loses(bits, per, symmetric):
   w, x = _problem()
   how = Integers(bits=bits, per=per, symmetric=symmetric)
-  plain = leaves.dequantize(how(w))
-  tuned = leaves.dequantize(Gptq(integers=how)(w, calibration.inputs(x)))
-  weight_error = lambda v: float(jnp.square(v - w).mean())
-  output_error = lambda v: float(jnp.square(x @ (v - w)).mean())
+  plain = _dequantize(jax.jit(how.__call__)(w))
+  tuned = _dequantize(Gptq(integers=how)(w, _inputs(x)))
+  w, x, plain, tuned = map(np.asarray, (w, x, plain, tuned))
+  weight_error = lambda v: np.square(v - w).mean()
+  output_error = lambda v: np.square(x @ (v - w)).mean()
   assert weight_error(tuned) > weight_error(plain)
   assert output_error(tuned) < 0.8 * output_error(plain)
 
@@ -42,9 +50,7 @@ def test_it_is_the_greedy_least_squares_solution():
   w, x = _problem(rows=8, columns=3)
   how = Integers(bits=3)
   damping = 1e-6
-  got = leaves.dequantize(
-    Gptq(integers=how, damping=damping)(w, calibration.inputs(x))
-  )
+  got = _dequantize(Gptq(integers=how, damping=damping)(w, _inputs(x)))
   gram = np.asarray(x, np.float64).T @ np.asarray(x, np.float64)
   gram[np.diag_indices(8)] += damping * np.mean(np.diag(gram))
   scales = np.asarray(how(w).scales, np.float64)[0]
@@ -62,9 +68,9 @@ def test_it_is_the_greedy_least_squares_solution():
 def test_inputs_that_do_not_correlate_leave_plain_rounding():
   w, _ = _problem(rows=64)
   how = Integers(bits=4, per=32)
-  gram = calibration.inputs(jnp.eye(64))
+  gram = _inputs(jnp.eye(64))
   np.testing.assert_array_equal(
-    leaves.dequantize(Gptq(integers=how)(w, gram)), leaves.dequantize(how(w))
+    _dequantize(Gptq(integers=how)(w, gram)), _dequantize(how(w))
   )
 
 
@@ -72,23 +78,22 @@ def test_calibration_changes_the_answer():
   """A hook that never fires would leave plain rounding, unnoticed."""
   w, x = _problem()
   how = Gptq(integers=Integers(bits=4, per=32))
-  one = how(w, calibration.inputs(x))
-  other = how(w, calibration.inputs(x[:, ::-1]))
-  assert (one.values != other.values).mean() > 0.05
+  one = how(w, _inputs(x))
+  other = how(w, _inputs(x[:, ::-1]))
+  one, other = np.asarray(one.values), np.asarray(other.values)
+  assert (one != other).mean() > 0.05
 
 
 def test_rows_that_nothing_reaches_are_zero():
   w, x = _problem()
-  q = Gptq(integers=Integers(bits=4, per=32))(
-    w, calibration.inputs(x.at[:, 5].set(0))
-  )
-  np.testing.assert_array_equal(leaves.dequantize(q)[5], 0)
+  q = Gptq(integers=Integers(bits=4, per=32))(w, _inputs(x.at[:, 5].set(0)))
+  np.testing.assert_array_equal(np.asarray(_dequantize(q))[5], 0)
 
 
 def test_it_is_a_method_of_rules():
   w, x = _problem()
   how = Gptq(integers=Integers(bits=4, per=32))
-  given = {'down/kernel': calibration.inputs(x)}
+  given = {'down/kernel': _inputs(x)}
   params, report = rules.quantize(
     {'down': {'kernel': w}}, [('kernel', how)], given
   )

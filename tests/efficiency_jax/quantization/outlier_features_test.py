@@ -1,15 +1,18 @@
 """Outlier features: planted ones are found; both shares of the paper count."""
 
+import functools
+
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficiency_jax.io import untrained
 from efficiency_jax.models import transformer
 from efficiency_jax.quantization import outlier_features
 from efficiency_jax.quantization.outlier_features import Features
 from efficiency_jax.quantization.outlier_features import Reached
+from tests import fixtures
 
 
 def test_rows_that_count_are_compared_with_the_threshold():
@@ -48,26 +51,32 @@ def test_layers_come_in_their_order():
   np.testing.assert_array_equal(found['ffn/down'].largest[:, 0], [2.0, 10.0])
 
 
-def _planted(factor):
+@functools.cache
+def _model(num_layers):
+  config = fixtures.config(vocab_size=256, num_layers=num_layers)
+  return config, transformer.init(config, jax.random.key(0))
+
+
+def _planted(factor, num_layers=1):
   """A model whose layers all multiply dimension 5 by a factor before qkv."""
-  lm = untrained.language_model()
-  params = dict(lm.params)
-  for layer in range(lm.config.num_layers):
-    block = dict(params[f'layers_{layer}'])
-    scale = block['attention_norm']['scale']
-    block['attention_norm'] = {'scale': scale.at[5].mul(factor)}
-    params[f'layers_{layer}'] = block
-  return transformer.apply_fn(lm.config), params
+  config, params = _model(num_layers)
+  params = dict(params)
+  for layer in range(num_layers):
+    scale = np.ones(config.width, np.float32)
+    scale[5] = factor
+    name = f'layers_{layer}'
+    params[name] = {**params[name], 'attention_norm': {'scale': scale}}
+  return transformer.apply_fn(config), params
 
 
 def test_a_planted_feature_is_found_where_it_is():
-  apply, params = _planted(1000.0)
+  apply, params = _planted(1000.0, num_layers=2)
   tokens = np.random.default_rng(0).integers(0, 256, (4, 32))
   segments = np.ones_like(tokens)
   found = outlier_features.observe(
     apply, params, [(tokens, segments)], threshold=50.0
   )
-  chex.assert_shape(found['attention/qkv'].share, (2, 64))
+  chex.assert_shape(found['attention/qkv'].share, (2, 16))
   np.testing.assert_array_equal(found['attention/qkv'].outliers(), [5])
   assert not len(found['ffn/gate_up'].outliers())
 

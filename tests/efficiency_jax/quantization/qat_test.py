@@ -24,8 +24,15 @@ _W4A8 = Integers(bits=4, activation=leaves.Activation())
 _STATIC = Integers(bits=8, activation=leaves.Activation(bits=4, per='tensor'))
 
 
+_linear = jax.jit(linear.linear)
+
+
+def _normal(seed, *shape):
+  return np.float32(np.random.default_rng(seed).standard_normal(shape))
+
+
 def _kernel(method, x_scale=None):
-  weight = jax.random.normal(jax.random.key(0), (32, 16))
+  weight = jnp.asarray(_normal(0, 32, 16))
   return leaves.FakeTensor(weight=weight, x_scale=x_scale, method=method)
 
 
@@ -34,12 +41,10 @@ def _kernel(method, x_scale=None):
 def test_frozen_integers_are_those_of_training_to_the_last_bit(method, learnt):
   scale = jnp.float32(0.13) if learnt and method.activation else None
   fake = _kernel(method, scale)
-  x = jax.random.normal(jax.random.key(1), (5, 32))
+  x = _normal(1, 5, 32)
   frozen = qat.freeze({'kernel': fake})['kernel']
-  trained = linear.linear(x, fake)
-  np.testing.assert_allclose(
-    linear.linear(x, frozen), trained, rtol=1e-5, atol=1e-5
-  )
+  trained = _linear(x, fake)
+  np.testing.assert_allclose(_linear(x, frozen), trained, rtol=1e-5, atol=1e-5)
   if method.activation is None or method.per != 'channel':
     return
   q_x, s_x = linear.quantized_activations(x, method.activation, scale)
@@ -50,10 +55,10 @@ def test_frozen_integers_are_those_of_training_to_the_last_bit(method, learnt):
 
 def test_gradients_pass_through_the_rounding_of_weights():
   fake = _kernel(Integers(bits=2))
-  x = jax.random.normal(jax.random.key(1), (5, 32))
-  pull = jax.random.normal(jax.random.key(2), (5, 16))
+  x = _normal(1, 5, 32)
+  pull = _normal(2, 5, 16)
   loss = lambda fake: jnp.sum(linear.linear(x, fake) * pull)
-  grad = jax.grad(loss)(fake)
+  grad = jax.jit(jax.grad(loss))(fake)
   np.testing.assert_allclose(grad.weight, x.T @ pull, rtol=1e-4, atol=1e-5)
 
 
@@ -127,9 +132,8 @@ def test_running_scales_move_towards_what_is_seen():
     _PARAMS, [('layers_0/ffn/down', _STATIC)], {path: jnp.float32(1.0)}
   )
   apply = transformer.apply_fn(_CONFIG)
-  seen = calibration.captured(apply, lambda x: jnp.abs(x).max())(
-    params, jnp.zeros((1, 4), jnp.int32)
-  )
+  see = calibration.captured(apply, lambda x: jnp.abs(x).max())
+  seen = jax.jit(see)(params, np.zeros((1, 4), np.int32))
   moved = qat.with_running_scales(params, seen, decay=0.9)
   scale = moved['layers_0']['ffn']['down']['kernel'].x_scale
   np.testing.assert_allclose(scale, 0.9 + 0.1 * seen[path] / 7, rtol=1e-6)

@@ -16,7 +16,7 @@ from tests import fixtures
 
 pytestmark = pytest.mark.short
 
-_CONFIG = fixtures.config(width=32, ffn_width=64, head_dim=8)
+_CONFIG = fixtures.config(width=32, ffn_width=32, head_dim=8)
 _PARAMS = fixtures.params(_CONFIG)
 _BATCHES = np.random.default_rng(0).integers(0, 11, (2, 4, 16))
 _INT3 = Integers(bits=3, per=32)
