@@ -139,7 +139,7 @@ def init(form: Form, key: jax.Array, target: Params | None = None) -> Params:
   """
   width = form.target.width
   states = jnp.zeros((1, 1, width))
-  params = jax.jit(Draft(form.config).init)(key, states, states)['params']
+  params = _init_fn(form.config)(key, states, states)['params']
   if form.layers:
     kernel = jnp.zeros((len(form.layers) * width, width))
     params = {**params, 'gather': {'kernel': kernel}}
@@ -149,6 +149,11 @@ def init(form: Form, key: jax.Array, target: Params | None = None) -> Params:
     )
     params = {**params, 'final_norm': norm}
   return params
+
+
+@functools.cache
+def _init_fn(config: DecoderConfig):
+  return jax.jit(Draft(config).init)
 
 
 def apply(

@@ -319,7 +319,12 @@ def head_fn(
 def init(config: DecoderConfig, key: jax.Array) -> Params:
   """Random float32 parameters: normal(0, 0.02) kernels, unit norms."""
   tokens = jnp.zeros((1, 1), jnp.int32)
-  return jax.jit(DecoderLM(config).init)(key, tokens)['params']
+  return _init_fn(config)(key, tokens)['params']
+
+
+@functools.cache
+def _init_fn(config: DecoderConfig):
+  return jax.jit(DecoderLM(config).init)
 
 
 def _embedded(c: DecoderConfig, x: jax.Array) -> jax.Array:
