@@ -74,9 +74,13 @@ def texts(workdir: str | pathlib.Path, split: str) -> list[np.ndarray]:
 
 
 def load_splits(
-  lm: pretrained.LanguageModel, workdir: str | pathlib.Path
+  lm: pretrained.LanguageModel,
+  workdir: str | pathlib.Path,
+  layers: tuple[int, ...] = (),
 ) -> dict[str, dict[str, np.ndarray]]:
   """`training_arrays` of the splits 'train' and 'validation'.
+
+  With `layers` they are without `hidden`, which does not hold what those read.
 
   Raises:
     ValueError: There are none, or they are answers of another model than `lm`.
@@ -93,6 +97,9 @@ def load_splits(
       f'--config.answers={workdir} holds states of width {width}, those of'
       f' {lm.name} have {lm.config.width}: take the answers of this model.'
     )
+  if layers:
+    for arrays_of_split in splits.values():
+      arrays_of_split.pop('hidden', None)
   return splits
 
 
@@ -114,10 +121,7 @@ def for_drafts(
     `coverage`, and the vocabulary [R] or None. Where `hidden` was not kept, or
     lacks what the draft sees, training has to compute it.
   """
-  splits = load_splits(lm, config.answers)
-  if layers:
-    for arrays in splits.values():
-      arrays.pop('hidden', None)
+  splits = load_splits(lm, config.answers, layers)
   held_out = splits['validation']
   if 'hidden' not in held_out:
     held_out['hidden'] = states(lm, held_out['tokens'], layers)

@@ -89,7 +89,7 @@ def experiment(
 
 
 def _start(lm, form, path: str):
-  """The parameters of a trained draft, whose form must be `form`.
+  """The parameters of a trained draft of `form`, in float32 to be trained.
 
   Which tokens its vocabulary held does not matter: its states are scored by the
   target's head, whatever rows of it are asked for.
@@ -107,7 +107,7 @@ def _start(lm, form, path: str):
       f' --config.ffn_width={draft.form.ffn_width or 0} and'
       f' --config.layers={draft.form.layers}.'
     )
-  return draft.params
+  return jax.tree.map(lambda x: x.astype('float32'), draft.params)
 
 
 def main(argv) -> None:

@@ -3,9 +3,10 @@
     python -m experiments.train_medusa --config=configs/train_medusa.py \\
       --workdir=runs/train_medusa
 
-The answers are those of `answer_chats`, whose hidden states are all that the
-heads see. The run leaves `draft.safetensors`, which `decode` reads, with trees
-of the best shapes; its table says how often each head guesses right.
+The answers are those of `answer_chats`, with the states that it kept, or else
+with those that the target computes at every step. The run leaves
+`draft.safetensors`, which `decode` reads, with trees of the best shapes; its
+table says how often each head guesses right.
 """
 
 import sys
@@ -45,6 +46,11 @@ def experiment(
   key, table = jax.random.key(config.seed), frozen['target']
   table = draft_vocabulary.head(table, vocabulary)
   if config.random_outputs:
+    if not form.own:
+      raise ValueError(
+        '--config.random_outputs is for output heads of their own: set'
+        ' --config.heads.own=True.'
+      )
     table = jax.tree.map(lambda x: _random(key, x), table)
   output_head = transformer.head_fn(lm.config)
   result = training_run.train(
@@ -74,7 +80,7 @@ def experiment(
 
 
 def _random(key: jax.Array, table: jax.Array) -> jax.Array:
-  """Rows of the lengths that those of a table have, in random directions."""
+  """Rows in random directions, as long as those of a table in the mean."""
   scale = jnp.sqrt(jnp.mean(jnp.square(table.astype(jnp.float32))))
   return scale * jax.random.normal(key, table.shape)
 

@@ -45,19 +45,20 @@ def experiment(
 ) -> None:
   """Trains, merges, calibrates, saves and reports."""
   lm = inputs.load_model(config)
-  splits = answer_files.load_splits(lm, config.answers)
-  train = {k: v[: config.num_train] for k, v in splits['train'].items()}
   first = drafts.load(config.draft, lm)
   if drafts.kind(first) != 'medusa':
     raise ValueError(f'--config.draft={config.draft} holds no heads of Medusa.')
-  key = jax.random.key(config.seed)
   layers = first.form.layers
+  splits = answer_files.load_splits(lm, config.answers, layers)
+  train = {k: v[: config.num_train] for k, v in splits['train'].items()}
+  key = jax.random.key(config.seed)
   apply = transformer.apply_fn(lm.config, layers=layers)
+  begun = jax.tree.map(lambda x: x.astype('float32'), first.params)
   adapted, report = lora.adapt(lm.params, **config.adapter, key=key)
   result = training_run.train(
     config.training,
     workdir,
-    params={'heads': first.params, 'adapter': lora.factors(adapted)},
+    params={'heads': begun, 'adapter': lora.factors(adapted)},
     frozen=objectives.frozen(adapted, first.vocabulary),
     loss=objectives.computed(  # by the adapter as it began, which adds nothing
       objectives.joint(

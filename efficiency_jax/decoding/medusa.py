@@ -28,7 +28,7 @@ which stands when they guess (Hydra, arXiv 2402.05109): in place of h_t then
 
     h_t + silu([n(h_t); n(x^l_t) for each of the chosen l; n(e_{t+1})] T)
 
-with T [(2 + F) D, D], zero at first, and n(x) = x / rms(x).
+with T [(2 + F) D, D], zero at first, and n(x) = x / sqrt(mean x^2 + 1e-6).
 
 A head may also say how much it trusts its guess, the chance that the target
 would keep one that is sampled from p_k (the confidence head of DSpark):
@@ -105,7 +105,7 @@ class Heads:
 def init(
   heads: Heads, key: jax.Array, width: int, vocab_size: int, table: Params
 ) -> Params:
-  """Heads that all guess what the target guesses next.
+  """Heads that all guess what the target guesses next, in float32.
 
   Args:
     heads: Their form.
@@ -135,7 +135,8 @@ def init(
       for i in range(heads.blocks)
     }
     if heads.own:
-      one['output'] = jax.tree.map(jnp.array, table)
+      copy = lambda x: jnp.array(x, jnp.float32)
+      one['output'] = jax.tree.map(copy, table)
     if heads.rank:
       one |= _factors(jax.random.fold_in(key, k), width, heads.rank, size)
     if heads.confidence:
@@ -225,8 +226,8 @@ def confidence(
   _check(heads, previous, token)
   seen = _states(heads, params, hidden, token)
   if previous is not None:
-    token = linear(previous, params['markov']['down']['kernel'])
-    seen = jnp.concatenate([seen, token], axis=-1)
+    before = linear(previous, params['markov']['down']['kernel'])
+    seen = jnp.concatenate([seen, before], axis=-1)
   # Heads learn to guess as they would if nothing were asked of them here.
   seen = lax.stop_gradient(seen)
   judged = []
@@ -264,9 +265,10 @@ def _start(
     return hidden
   seen = jnp.split(hidden, 1 + len(heads.layers), axis=-1)
   if token is not None:
-    seen.append(token.astype(hidden.dtype))
-  normed = [jax.nn.standardize(x, mean=0.0, epsilon=1e-6) for x in seen]
-  joined = jnp.concatenate(normed, axis=-1)
+    seen.append(token)
+  wide = [x.astype(jnp.float32) for x in seen]
+  normed = [jax.nn.standardize(x, mean=0.0, epsilon=1e-6) for x in wide]
+  joined = jnp.concatenate(normed, axis=-1).astype(hidden.dtype)
   return seen[0] + jax.nn.silu(linear(joined, params['trunk']['kernel']))
 
 

@@ -88,7 +88,9 @@ KINDS = {
   'eagle of all tokens': lambda lm: eagle_draft(
     lm, reduced=False, shapes=(), ffn_width=8
   ),
-  'medusa': lambda lm: medusa_heads(lm, markov=2, rank=3),
+  'medusa': lambda lm: medusa_heads(
+    lm, markov=2, rank=3, token=True, layers=(1,)
+  ),
   'medusa of all tokens': lambda lm: medusa_heads(lm, reduced=False, own=True),
   'draft model': lambda lm: cut_model(lm, shapes=TREES, ffn_width=8),
   'draft model of all tokens': lambda lm: cut_model(

@@ -28,7 +28,7 @@ def tiny_answers(tmp_path_factory) -> pathlib.Path:
   return workdir
 
 
-@pytest.fixture(autouse=True, scope='session')
+@pytest.fixture(autouse=True, scope='package')
 def _one_random_model():
   """Experiments begin with one random model; making it compiles a program.
 

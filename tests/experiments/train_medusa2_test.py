@@ -37,7 +37,8 @@ def _start(workdir, answers, draft, *flags):
 def begun(tmp_path_factory):
   """Heads to begin from."""
   lm = untrained.language_model()
-  form = medusa.Heads(count=2, markov=4, confidence=True)
+  seen = {'token': True, 'layers': (0,)}
+  form = medusa.Heads(count=2, markov=4, confidence=True, **seen)
   params = medusa.init(
     form,
     jax.random.key(0),

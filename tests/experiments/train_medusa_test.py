@@ -31,6 +31,8 @@ def test_the_heads_are_saved_with_their_trees_and_card(finished):
   heads = drafts.load(path, untrained.language_model())
   assert isinstance(heads, medusa.TrainedHeads)
   assert heads.form.count == 3
+  assert heads.form.token
+  assert heads.form.layers == (0,)
   assert [len(tree) for tree in heads.trees] == [4, 8]
   assert 'experiments.train_medusa' in drafts.card(path)['command']
   rows = json.loads((finished / 'results.json').read_text())['rows']

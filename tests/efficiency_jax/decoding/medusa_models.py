@@ -19,13 +19,13 @@ TARGET = fixtures.config()
 VOCABULARY = np.asarray([3, 0, 9, 2, 10, 7, 4, 1], np.int32)
 FORMS = (
   medusa.Heads(count=3),
-  medusa.Heads(count=3, blocks=2, rank=2),
+  medusa.Heads(count=3, blocks=2, rank=2, token=True),
   medusa.Heads(count=4, own=True, markov=3),
-  medusa.Heads(count=3, vocabulary=8, rank=2, confidence=True),
+  medusa.Heads(count=3, vocabulary=8, rank=2, confidence=True, layers=(0,)),
   medusa.Heads(count=3, vocabulary=8, own=True),
   medusa.Heads(count=3, vocabulary=8, markov=3, confidence=True),
   medusa.Heads(
-    count=3, vocabulary=8, markov=3, confidence=True, token=True, layers=(0,)
+    count=3, vocabulary=8, markov=3, confidence=True, token=True, layers=(1, 0)
   ),
 )
 

@@ -362,7 +362,7 @@ def test_a_draft_by_the_target_itself_is_always_accepted(verifier):
   decoder = _decoder(drafter, verifier, 0, 3)
   target = fixtures.params(_TARGET)
   weights = drafters.Weights(target, target)
-  settings = None if verifier == 'greedy' else _settings(**_WARM)
+  settings = None if verifier == 'greedy' else _settings(**_MIXED)
   begin, run = _start(
     decoder, _PROMPTS, 35, settings=settings, weights=weights, slots=64
   )

@@ -205,7 +205,7 @@ def test_the_loss_of_heads_is_that_of_medusa_training():
 
 # Heads and the model they stand on.
 
-_JOINT = medusa.Heads(count=2, vocabulary=6, markov=3)
+_JOINT = medusa.Heads(count=2, vocabulary=6, markov=3, token=True, layers=(0,))
 _FEW = np.array([3, 0, 9, 2, 10, 7], np.int32)
 
 
@@ -226,7 +226,7 @@ def _pair(moved: bool):
     trained['adapter'] = jax.tree.map(noisy, trained['adapter'])
   frozen = objectives.frozen(adapted, _FEW)
   *_, batch = _problem()
-  apply = transformer.apply_fn(target)
+  apply = transformer.apply_fn(target, layers=_JOINT.layers)
   batch['hidden'] = jax.jit(apply)(params, batch['tokens'])[0].hidden
   return trained, frozen, batch
 
@@ -236,7 +236,7 @@ def _joint(**options):
   return jax.jit(
     objectives.joint(
       _JOINT,
-      transformer.apply_fn(target),
+      transformer.apply_fn(target, layers=_JOINT.layers),
       transformer.head_fn(target),
       **options,
     )
@@ -251,7 +251,7 @@ def test_the_joint_loss_is_that_of_the_merged_model_and_its_heads(backbone):
   )
   adapted = lora.with_factors(frozen['target'], trained['adapter'])
   merged, target = lora.merge(adapted), _target()
-  apply = jax.jit(transformer.apply_fn(target))
+  apply = jax.jit(transformer.apply_fn(target, layers=_JOINT.layers))
   output, _ = apply(merged, batch['tokens'])
   original, _ = apply(lora.base(adapted), batch['tokens'])
   p, q = (np.asarray(jax.nn.softmax(x.logits)) for x in (original, output))
