@@ -51,16 +51,17 @@ def experiment(
   layers = first.form.layers
   splits = answer_files.load_splits(lm, config.answers, layers)
   train = {k: v[: config.num_train] for k, v in splits['train'].items()}
-  key = jax.random.key(config.seed)
   apply = transformer.apply_fn(lm.config, layers=layers)
-  begun = jax.tree.map(lambda x: x.astype('float32'), first.params)
+  key = jax.random.key(config.seed)
   adapted, report = lora.adapt(lm.params, **config.adapter, key=key)
+  factors = lora.factors(adapted)
+  copy = lambda x: np.array(x, np.float32)  # training gives away what it gets
   result = training_run.train(
     config.training,
     workdir,
-    params={'heads': begun, 'adapter': lora.factors(adapted)},
+    params=jax.tree.map(copy, {'heads': first.params, 'adapter': factors}),
     frozen=objectives.frozen(adapted, first.vocabulary),
-    loss=objectives.computed(  # by the adapter as it began, which adds nothing
+    loss=objectives.computed(  # by the adapter as it began, adding nothing
       objectives.joint(
         first.form,
         apply,
