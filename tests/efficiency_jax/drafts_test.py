@@ -237,6 +237,14 @@ def test_heads_are_saved_with_a_target_of_their_width(tmp_path):
     )
 
 
+def test_heads_are_saved_with_a_target_that_has_the_blocks_they_see(tmp_path):
+  lm = cases.language_model()
+  heads = cases.medusa_heads(lm, layers=(99,))
+  with pytest.raises(ValueError, match=r'layers must be in 0\.\.1, got 99'):
+    drafts.save(tmp_path / 'x', heads, lm=lm, card=cases.CARD)
+  assert not list(tmp_path.iterdir())
+
+
 def _from_another_beginning(lm):
   params = jax.tree.map(lambda x: x[::-1], lm.params)
   return dataclasses.replace(lm, params=params, name='stranger')
