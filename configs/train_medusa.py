@@ -48,11 +48,8 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
       'blocks': 1,
       'own': False,  # an output head of its own for each head
       'rank': 0,  # of a correction to the shared output head
-      'markov': 8
-      if tiny
-      else 96
-      if large
-      else 32,  # of a bias by the token before the guess
+      # Of a bias by the token before the guess.
+      'markov': {'full': 32, 'large': 96, 'tiny': 8}[size],
       'confidence': tiny,  # whether heads learn how much to trust a guess
       'token': tiny or large,  # whether they see the token before all guesses
       # Blocks of the target whose inputs they see.

@@ -25,11 +25,8 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   """The settings of the first stage, where they are not said here."""
   config = train_medusa.get_config(size)
   tiny = size == 'tiny'
-  del (
-    config.vocabulary,
-    config.heads,
-    config.random_outputs,
-  )  # those of the heads it begins from
+  # Those of the heads it begins from.
+  del config.vocabulary, config.heads, config.random_outputs
   config.draft = 'runs/train_medusa/draft.safetensors'  # what to begin from
   config.num_train = 8 if tiny else 640  # answers to learn from, the first ones
   config.adapter = ml_collections.ConfigDict(

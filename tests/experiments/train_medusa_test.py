@@ -2,8 +2,12 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from configs import train_medusa as train_medusa_config
 from efficiency_jax import drafts
 from efficiency_jax.decoding import medusa
 from efficiency_jax.io import untrained
@@ -40,6 +44,20 @@ def test_the_heads_are_saved_with_their_trees_and_card(finished):
     f'head {k}' for k in (1, 2, 3)
   ]
   assert (finished / 'training.png').stat().st_size > 5_000
+
+
+def test_random_outputs_are_as_long_as_the_target_s(tiny_answers):
+  table = np.random.default_rng(0).normal(0, 3, (400, 64)).astype(np.float32)
+  drawn = train_medusa._random(jax.random.key(0), jnp.asarray(table))
+  assert drawn.shape == table.shape
+  # 25,600 squares: their mean has an error of one percent.
+  np.testing.assert_allclose(np.mean(np.square(drawn)), 9, rtol=0.05)
+  assert abs(np.mean(np.asarray(drawn) * table)) < 0.3
+  config = train_medusa_config.get_config('tiny')
+  config.answers = str(tiny_answers)
+  config.random_outputs = True
+  with pytest.raises(ValueError, match='is for output heads of their own'):
+    train_medusa.experiment(config, None)
 
 
 @pytest.mark.slow
