@@ -19,6 +19,7 @@ from efficiency_jax.decoding import draft_trees
 from efficiency_jax.decoding import drafters
 from efficiency_jax.decoding import eagle
 from efficiency_jax.decoding import medusa
+from efficiency_jax.decoding import medusa_drafter
 from efficiency_jax.decoding import sampling
 from efficiency_jax.decoding import schedule as schedule_lib
 from efficiency_jax.decoding import speculative
@@ -202,7 +203,7 @@ def _medusa(
   lm: LanguageModel,
   heads: medusa.TrainedHeads | None,
   trees: tuple[draft_trees.Shape, ...],
-) -> medusa.Medusa:
+) -> medusa_drafter.Medusa:
   if not isinstance(heads, medusa.TrainedHeads):
     raise ValueError("drafter 'medusa' needs heads=, trained for the target.")
   hidden = heads.params['head_0']['block_0']['kernel'].shape[0]
@@ -211,7 +212,7 @@ def _medusa(
       f'heads are for hidden states of {hidden}, those of {lm.name} have'
       f' {lm.config.width}: take heads trained for it.'
     )
-  return medusa.Medusa(
+  return medusa_drafter.Medusa(
     heads=heads.form,
     output_head=transformer.head_fn(lm.config),
     trees=trees,

@@ -32,6 +32,7 @@ def experiment(
   config: ml_collections.ConfigDict, workdir: workdirs.Workdir
 ) -> None:
   """Trains, calibrates, saves and reports."""
+  losses = inputs.weights(config, 'objectives')
   lm = inputs.load_model(config)
   form = medusa.Heads(vocabulary=config.vocabulary or None, **config.heads)
   apply = transformer.apply_fn(lm.config, layers=form.layers)
@@ -62,7 +63,7 @@ def experiment(
       objectives.heads(
         form,
         output_head,
-        objectives=inputs.weights(config, 'objectives'),
+        objectives=losses,
         decay=config.decay,
       ),
       apply,
