@@ -11,6 +11,10 @@ from efficiency_jax.decoding.drafters import Weights
 from efficiency_jax.decoding.speculative import Decoder
 from efficiency_jax.decoding.speculative import State
 
+# Seconds that a sample need not exceed: a clock and a turn of the loop are
+# nothing beside them, and a wide batch has rounds as long.
+_ENOUGH = 0.2
+
 
 def measure(
   decoder: Decoder,
@@ -23,15 +27,15 @@ def measure(
   """Times the compiled loop itself, forced to one draft length after another.
 
   Nothing is compiled that decoding does not need anyway. The lengths take turns
-  within a repeat, so that a machine that slows down slows all of them, and the
-  first turn is not counted.
+  within a repeat, so that a machine that slows down slows all of them. The
+  first turn is one round and is not counted: it tells how many are enough.
 
   Args:
     decoder: The loop to time.
     weights: Its parameters.
     state: A started state, used up by this call. Every row must have room for
       `rounds` fully accepted drafts between its `length` and its `limit`.
-    rounds: Rounds a sample.
+    rounds: Rounds a sample, or fewer where these take `_ENOUGH` seconds.
     repeats: Samples a length, of which the fastest counts: whatever else the
       machine does only adds time.
 
@@ -49,7 +53,12 @@ def measure(
   # No token ends a row, so that every sample has all its rounds.
   state = state._replace(stop=jnp.full_like(state.stop, -1))
   no_costs = jnp.ones((len(lengths),), jnp.float32)
+  # No round at all, only to compile.
+  state = speculative.run(
+    decoder, weights, state, jnp.int32(0), no_costs, jnp.int32(0)
+  )
   seconds = np.zeros((repeats + 1, len(lengths)))
+  number = np.ones(len(lengths), int)
   for repeat in range(repeats + 1):
     for index in range(len(lengths)):
       length = jnp.asarray(begin_length)
@@ -58,10 +67,11 @@ def measure(
         done=jnp.zeros(length.shape, bool),
         cache=state.cache._replace(length=length - 1),
       )
+      some, forced = jnp.int32(number[index]), jnp.int32(index)
       begin = time.perf_counter()
-      state = speculative.run(
-        decoder, weights, state, jnp.int32(rounds), no_costs, jnp.int32(index)
-      )
+      state = speculative.run(decoder, weights, state, some, no_costs, forced)
       jax.block_until_ready(state.length)
-      seconds[repeat, index] = (time.perf_counter() - begin) / rounds
+      seconds[repeat, index] = (time.perf_counter() - begin) / number[index]
+    if repeat == 0:
+      number = np.ceil(_ENOUGH / seconds[0]).clip(1, rounds).astype(int)
   return seconds[1:].min(axis=0).astype(np.float32)

@@ -36,8 +36,9 @@ def wrap(
 
   Args:
     apply: From `transformer.apply_fn`.
-    mesh: Where the residual stream [B, T, D] is split over `data` and `fsdp`;
-      None leaves the layout to the compiler.
+    mesh: Where the residual stream [B, T, D] is split over `data` and `fsdp`,
+      over a cache at the embedding alone; None leaves the layout to the
+      compiler.
     remat: What the backward pass finds of each block: 'none' of it computed
       again; 'dots', the results of products with weights; 'blocks', nothing
       but the block's input.

@@ -195,13 +195,12 @@ class DecoderLM(nn.Module):
     for layer in range(c.num_layers):
       states[layer] = x
       is_local = c.window(layer) is not None
-      x, slots = Block(c, layer, self.implementation, name=f'layers_{layer}')(
-        x,
-        local_turn if is_local else turn,
-        start,
-        None if cache is None else (cache.keys[layer], cache.values[layer]),
-        ancestors,
-        segments,
+      slots = None
+      if cache is not None:
+        slots = cache.keys[layer], cache.values[layer]
+      block = self._block(layer, shared=cache is not None)
+      x, slots = block(
+        x, local_turn if is_local else turn, start, slots, ancestors, segments
       )
       if slots is not None:
         keys.append(slots[0])
@@ -223,6 +222,28 @@ class DecoderLM(nn.Module):
       x = jnp.concatenate([x, *(states[i] for i in self.layers)], axis=-1)
     return ModelOutput(logits, x), cache
 
+  def _block(self, layer: int, shared: bool) -> Callable[..., Any]:
+    """A layer; if `shared`, its program is that of the layers like it."""
+    name = f'layers_{layer}'
+    if not shared or self.is_initializing():
+      return Block(self.config, layer, self.implementation, name=name)
+    window = self.config.window(layer)
+    like = next(i for i in range(layer + 1) if self.config.window(i) == window)
+    run = _shared_block(self.config, like, self.implementation)
+    return functools.partial(run, self.get_variable('params', name))
+
+
+@functools.cache
+def _shared_block(config, layer, implementation):
+  """A block as a function that is traced and lowered once for like layers.
+
+  Thirty layers at each of five draft lengths otherwise take longer to trace
+  than to compile. Blocks of whole sequences stay modules, because training and
+  calibration watch their methods (`nn.intercept_methods`).
+  """
+  block = Block(config, layer, implementation)
+  return jax.jit(lambda params, *args: block.apply({'params': params}, *args))
+
 
 def apply_fn(
   config: DecoderConfig,
@@ -232,10 +253,12 @@ def apply_fn(
   """The model as a pure function of parameters, tokens and cache.
 
   `implementation` names the attention kernels (`pallas_kernels.dispatch`); None
-  is the platform's choice. With `layers` the hidden states of the output hold
-  what those blocks read as well, [B, T, (1 + len(layers)) D]. Equal arguments
-  give the same function object, so that it can be a static argument of
-  `jax.jit` without compiling again.
+  is the platform's choice. Over a cache, layers that are alike are one traced
+  function, so that tracing takes no longer for thirty layers than for two;
+  interceptors of methods see the layers of whole sequences only. With `layers`
+  the hidden states of the output hold what those blocks read as well,
+  [B, T, (1 + len(layers)) D]. Equal arguments give the same function object, so
+  that it can be a static argument of `jax.jit` without compiling again.
 
   Raises:
     ValueError: The model has no block of that number.

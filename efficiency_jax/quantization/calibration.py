@@ -82,7 +82,8 @@ def captured(
   """`apply` as a function that returns `statistic(x)` for every product.
 
   Keys are the paths of weights, `layers_3/attention/qkv/kernel`. What the
-  function is called with, `apply` is called with.
+  function is called with, `apply` is called with: whole sequences, no cache,
+  which hides the layers (`transformer.apply_fn`).
   """
 
   def run(*args, **options):

@@ -38,10 +38,29 @@ def test_every_length_is_forced_for_all_its_rounds(monkeypatch):
   seconds = cost_table.measure(DECODER, WEIGHTS, state, rounds=3, repeats=2)
   assert seconds.shape == (2,)
   assert (seconds > 0).all()
-  assert [index for index, _ in seen] == [0, 1] * 3
-  for index, chosen in seen:
-    assert chosen[index] == 3
-    assert chosen.sum() == 3
+  assert [index for index, _ in seen] == [0] + [0, 1] * 3
+  # None to compile, one each to begin with, which takes no time here.
+  wanted = [0, 1, 1] + [3] * 4
+  for number, (index, chosen) in zip(wanted, seen, strict=True):
+    assert chosen[index] == chosen.sum() == number
+
+
+def test_a_long_round_is_enough_for_a_sample(monkeypatch):
+  clock = iter(np.arange(100) * 0.15)
+  monkeypatch.setattr(cost_table.time, 'perf_counter', lambda: next(clock))
+  seen = []
+  run = speculative.run
+
+  def watched(decoder, weights, state, rounds, costs, forced):
+    seen.append(int(rounds))
+    return run(decoder, weights, state, rounds, costs, forced)
+
+  monkeypatch.setattr(speculative, 'run', watched)
+  state = fixtures.begin(DECODER, WEIGHTS, CONFIG, [[1, 2, 3]], 60)
+  seconds = cost_table.measure(DECODER, WEIGHTS, state, rounds=6, repeats=2)
+  # 0.15 s a reading of the clock: two such rounds are more than 0.2 s.
+  assert seen == [0, 1, 1] + [2, 2] * 2
+  np.testing.assert_allclose(seconds, 0.15 / 2, rtol=1e-5)
 
 
 def test_rows_without_room_are_refused():

@@ -363,3 +363,23 @@ def test_the_parts_in_their_order_are_the_model(config):
   scale = params['final_norm']['scale'] + config.norm_plus_one
   size = np.sqrt(np.square(x).mean(-1, keepdims=True) + config.norm_epsilon)
   np.testing.assert_allclose(x / size * scale, output.hidden, atol=1e-4)
+
+
+def test_layers_that_are_alike_are_traced_once_over_a_cache(monkeypatch):
+  config = fixtures.config(
+    vocab_size=13, num_layers=5, windows=(None, 3, 3, None, 7)
+  )
+  params = fixtures.params(config)
+  windows = []
+  attend = transformer.attention.cached_attention
+
+  def watched(*args, window, **options):
+    windows.append(window)
+    return attend(*args, window=window, **options)
+
+  monkeypatch.setattr(transformer.attention, 'cached_attention', watched)
+  cache = kv_cache.init(config, 2, 128, jnp.float32)
+  apply = transformer.apply_fn(config)
+  _, grown = jax.eval_shape(apply, params, jnp.asarray(_TOKENS), cache)
+  assert windows == [None, 3, 7]
+  chex.assert_trees_all_equal_shapes(grown, cache)
