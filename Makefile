@@ -7,6 +7,8 @@ RUN := $(VENV)/bin/python
 # Two processes, a file of tests in one of them.
 PARALLEL := -n 2 --dist loadfile
 RUN_PEERS := .venv-peers/bin/python
+# `make test` compiles with little optimization, in two thirds of the time; not these.
+FULLY := EFFICIENCY_JAX_TEST_OPTIMIZED=1
 CODE := setup.py efficiency_jax pallas_kernels experiments configs tests
 
 .PHONY: test short test-slow test-model test-peers test-aot test-gpu demo notebooks \
@@ -16,19 +18,19 @@ test: $(VENV)/.installed  ## The tests that need neither weights nor network.
 	$(RUN) -m pytest -q $(PARALLEL)
 
 short: $(VENV)/.installed  ## The suite of the second python.
-	$(RUN) -m pytest -q $(PARALLEL) -m 'short and not (model or network or peers or slow)'
+	$(FULLY) $(RUN) -m pytest -q $(PARALLEL) -m 'short and not (model or network or peers or slow)'
 
 test-slow: $(VENV)/.installed  ## What takes long, and most properties at length.
-	EFFICIENCY_JAX_EXAMPLES=100 $(RUN) -m pytest -q $(PARALLEL) \
+	$(FULLY) EFFICIENCY_JAX_EXAMPLES=100 $(RUN) -m pytest -q $(PARALLEL) \
 	  -m 'slow and not (model or network or peers)'
-	EFFICIENCY_JAX_EXAMPLES=100 $(RUN) -m pytest -q $(PARALLEL) \
+	$(FULLY) EFFICIENCY_JAX_EXAMPLES=100 $(RUN) -m pytest -q $(PARALLEL) \
 	  -m 'hypothesis and not (slow or model or network or peers or aot)'
 
 test-model: $(VENV)/.installed  ## The tests on the released model.
-	$(RUN) -m pytest -q -m 'model and not peers'
+	$(FULLY) $(RUN) -m pytest -q -m 'model and not peers'
 
 test-peers: .venv-peers/.installed  ## Our numbers beside those of other tools.
-	$(RUN_PEERS) -m pytest -q -m peers
+	$(FULLY) $(RUN_PEERS) -m pytest -q -m peers
 
 test-aot: .venv-aot/.installed  ## Compiles all kernels; needs no TPU, no GPU.
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -q -s -m aot

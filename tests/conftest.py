@@ -14,6 +14,14 @@ jax.config.update('jax_platforms', platform)
 if platform == 'cpu':
   # Eight virtual devices, so that sharding is tested on any machine.
   jax.config.update('jax_num_cpu_devices', 8)
+# Nearly all of the suite's time is that of compiling programs that run once, so
+# XLA is asked to optimize little, here and in programs that a test starts.
+# EFFICIENCY_JAX_TEST_OPTIMIZED=1 asks for the programs that users get.
+optimized = os.environ.get('EFFICIENCY_JAX_TEST_OPTIMIZED')
+little = platform == 'cpu' and not optimized
+if little:
+  os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+  jax.config.update('jax_disable_most_optimizations', True)
 
 # The same few examples every time, however slow the first, compiling one is;
 # more of them in `make test-slow`.
@@ -28,8 +36,14 @@ hypothesis.settings.load_profile('repeatable')
 
 
 @pytest.fixture(autouse=True, scope='module')
-def _forget_programs():
-  """Every compiled program maps memory, and a process may hold so many maps
-  only (65,530 on Linux): the whole suite in one process would pass that."""
+def _programs(request):
+  """Compiles as a module asks (`optimized`), and forgets the programs after it.
+
+  Every compiled program maps memory, and a process may hold so many maps only
+  (65,530 on Linux): the whole suite in one process would pass that.
+  """
+  if request.node.get_closest_marker('optimized'):
+    jax.config.update('jax_disable_most_optimizations', False)
   yield
+  jax.config.update('jax_disable_most_optimizations', little)
   jax.clear_caches()

@@ -14,6 +14,8 @@ from efficiency_jax.models import transformer
 from tests import fixtures
 from tests.efficiency_jax.decoding import eagle_models
 
+pytestmark = pytest.mark.optimized
+
 # Odd sizes, so that a shape in the program can only be a cache or a weight.
 CONFIG = fixtures.config(vocab_size=97, ffn_width=37)
 DRAFT = fixtures.config(vocab_size=97, ffn_width=37, num_layers=1)

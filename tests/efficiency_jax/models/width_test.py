@@ -24,10 +24,13 @@ from pallas_kernels import llvm_cpu
 from pallas_kernels import llvm_ir
 from tests import fixtures
 
-pytestmark = pytest.mark.skipif(
-  bool(llvm_cpu.missing()) or not llvm_ir.has('avx512vnni'),
-  reason='needs kernels for this CPU, and VNNI',
-)
+pytestmark = [
+  pytest.mark.optimized,
+  pytest.mark.skipif(
+    bool(llvm_cpu.missing()) or not llvm_ir.has('avx512vnni'),
+    reason='needs kernels for this CPU, and VNNI',
+  ),
+]
 
 _CONFIG = DecoderConfig(
   vocab_size=320,
