@@ -128,7 +128,8 @@ def measure_quality(
   Weights that multiply floats are made floats first: the numbers are the same,
   and all such models share a compiled program.
   """
-  found = quality.kl(known, as_floats(lm), batch=config.batch)
+  floats = lm if lm is known.lm else as_floats(lm)
+  found = quality.kl(known, floats, batch=config.batch)
   nats = found.perplexity.nats
   loss = estimates.compare(nats, known.perplexity.nats)
   row = {

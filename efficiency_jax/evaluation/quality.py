@@ -210,11 +210,19 @@ def kl(
   where perplexity sees that of one token and lets gains pay for losses, so it
   tells models apart on far fewer tokens; it is 0 only if nothing changed. The
   pass gives the perplexity of q as well. `llama-perplexity --kl-divergence`
-  measures the same, from kept logits.
+  measures the same, from kept logits. The reference itself is not run again: it
+  is 0 from itself.
 
   Raises:
     ValueError: The models do not share a tokenizer.
   """
+  counts = reference.windows['loss_mask'].sum(1)
+  if lm is reference.lm:
+    return Divergence(
+      nats=Estimate(np.zeros(len(counts)), counts),
+      agreement=Estimate(counts.astype(np.float64), counts),
+      perplexity=reference.perplexity,
+    )
   if lm.tokenizer.fingerprint != reference.lm.tokenizer.fingerprint:
     raise ValueError(
       f'{lm.name} and {reference.lm.name} have different tokenizers: their'
@@ -231,7 +239,6 @@ def kl(
 
   packed = reference.windows
   found = _in_batches(run, packed, batch, progress, reference.hidden)
-  counts = packed['loss_mask'].sum(1)
   distance, same, losses = (x.sum(1, dtype=np.float64) for x in found)
   return Divergence(
     nats=Estimate(distance, counts),
