@@ -33,7 +33,7 @@ test-peers: .venv-peers/.installed  ## Our numbers beside those of other tools.
 	$(FULLY) $(RUN_PEERS) -m pytest -q -m peers
 
 test-aot: .venv-aot/.installed  ## Compiles all kernels; needs no TPU, no GPU.
-	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -q -s -m aot
+	$(FULLY) JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -q -s -m aot
 
 # With the jax of that machine: pip install -e '.[cuda,test]' into $(VENV).
 test-gpu:  ## The kernels for Hopper on an H100 or H200.

@@ -128,8 +128,7 @@ def measure_quality(
   Weights that multiply floats are made floats first: the numbers are the same,
   and all such models share a compiled program.
   """
-  floats = lm if lm is known.lm else as_floats(lm)
-  found = quality.kl(known, floats, batch=config.batch)
+  found = quality.kl(known, as_floats(lm), batch=config.batch)
   nats = found.perplexity.nats
   loss = estimates.compare(nats, known.perplexity.nats)
   row = {
@@ -159,7 +158,8 @@ def as_floats(lm: LanguageModel) -> LanguageModel:
     lm.params, is_leaf=lambda node: isinstance(node, QTensor)
   )
   kinds = [leaf for leaf in leaves if isinstance(leaf, QTensor)]
-  if any(q.activation or q.input_scales is not None for q in kinds):
+  rounds_inputs = any(q.activation or q.input_scales is not None for q in kinds)
+  if rounds_inputs or not kinds:
     return lm
   return dataclasses.replace(lm, params=rules.dequantize(lm.params))
 

@@ -14,8 +14,8 @@ jax.config.update('jax_platforms', platform)
 if platform == 'cpu':
   # Eight virtual devices, so that sharding is tested on any machine.
   jax.config.update('jax_num_cpu_devices', 8)
-# Nearly all of the suite's time is that of compiling programs that run once, so
-# XLA is asked to optimize little, here and in programs that a test starts.
+# Most of the suite's time is that of compiling programs that run once, so XLA
+# is asked to optimize little, here and in programs that a test starts.
 # EFFICIENCY_JAX_TEST_OPTIMIZED=1 asks for the programs that users get.
 optimized = os.environ.get('EFFICIENCY_JAX_TEST_OPTIMIZED')
 little = platform == 'cpu' and not optimized

@@ -11,8 +11,8 @@ from efficiency_jax.decoding.drafters import Weights
 from efficiency_jax.decoding.speculative import Decoder
 from efficiency_jax.decoding.speculative import State
 
-# Seconds that a sample need not exceed: a clock and a turn of the loop are
-# nothing beside them, and a wide batch has rounds as long.
+# Seconds of a sample beside which starting the loop and reading the clock are
+# nothing; a single round of a wide batch may take as long.
 _ENOUGH = 0.2
 
 
@@ -35,7 +35,7 @@ def measure(
     weights: Its parameters.
     state: A started state, used up by this call. Every row must have room for
       `rounds` fully accepted drafts between its `length` and its `limit`.
-    rounds: Rounds a sample, or fewer where these take `_ENOUGH` seconds.
+    rounds: Rounds a sample at most: as many as take 0.2 seconds are enough.
     repeats: Samples a length, of which the fastest counts: whatever else the
       machine does only adds time.
 

@@ -237,8 +237,8 @@ class DecoderLM(nn.Module):
 def _shared_block(config, layer, implementation):
   """A block as a function that is traced and lowered once for like layers.
 
-  Thirty layers at each of five draft lengths otherwise take longer to trace
-  than to compile. Blocks of whole sequences stay modules, because training and
+  Thirty layers at each of five draft lengths otherwise take as long to trace as
+  to compile. Blocks of whole sequences stay modules, because training and
   calibration watch their methods (`nn.intercept_methods`).
   """
   block = Block(config, layer, implementation)
