@@ -47,7 +47,10 @@ Heads = medusa.TrainedHeads | eagle.TrainedDraft | draft_model.TrainedDraft
 _WITH_TREES = ('draft model', 'medusa', 'eagle')
 
 # Draft lengths that an adaptive generation compiles; 0 is plain decoding.
+# N-grams cost nothing and are right for long where a text repeats itself; of a
+# model's guesses every one takes a pass of it.
 ADAPTIVE_LENGTHS = (0, 1, 3, 7, 15)
+MODEL_LENGTHS = (0, 1, 3)
 
 # Chance that the first draft token is kept, before any was seen, for n-gram
 # matches of 1 .. 8 tokens: rounded from greedy texts of SmolLM2 (DESIGN.md).
@@ -161,7 +164,8 @@ def prepare(
       "verifier 'greedy' needs temperature 0; use 'block', 'token' or"
       " 'coupled'."
     )
-  lengths = ADAPTIVE_LENGTHS if draft_length is None else (draft_length,)
+  adaptive = ADAPTIVE_LENGTHS if drafter == 'n-gram' else MODEL_LENGTHS
+  lengths = adaptive if draft_length is None else (draft_length,)
   if draft_length is None and trees:
     lengths = (0, *sorted(len(tree) - 1 for tree in trees))
   prior, own, inner = (0.5,), None, ()

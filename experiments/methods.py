@@ -24,12 +24,17 @@ def _grown(nodes: int) -> tuple[dynamic_tree.Growth, ...]:
   return (dynamic_tree.Growth(nodes=nodes, expand=4, height=min(nodes, 5)),)
 
 
-# Trees in place of those that a draft comes with.
+def _chain(length: int) -> tuple[()]:
+  del length  # any
+  return ()
+
+
+# Trees in place of those that a draft comes with; chains may adapt theirs.
 _SHAPED = {
   ('medusa', 'chain'): lambda length: (token_tree.chain(length),),
-  ('eagle', 'chain'): lambda length: (),
+  ('eagle', 'chain'): _chain,
   ('eagle', 'dynamic'): _grown,
-  ('draft model', 'chain'): lambda length: (),
+  ('draft model', 'chain'): _chain,
   ('draft model', 'dynamic'): _grown,
 }
 
@@ -65,10 +70,13 @@ def build(lm, config) -> list[decoding.Method]:
     untrained = drafter == 'draft model' and heads is None
     trees = None
     if shape:
-      if (drafter, shape) not in _SHAPED or not length:
+      if (drafter, shape) not in _SHAPED:
         shaped = ', '.join(map(' '.join, _SHAPED))
-        raise ValueError(f'{name!r}: with a length there are {shaped}.')
-      trees = _SHAPED[drafter, shape](int(length))
+        raise ValueError(f'{name!r}: of shapes there are {shaped}.')
+      form = _SHAPED[drafter, shape]
+      if not length and form is not _chain:
+        raise ValueError(f'{name!r} needs a length: {name}, 7.')
+      trees = form(int(length or 0))
     engine = engine_lib.prepare(
       lm,
       drafter=drafter,

@@ -462,7 +462,7 @@ def sample_chain(
   def draw(logits, seen, index):
     if sampling_lib.is_greedy(context.sampling):
       q = sampling_lib.penalized(logits, context.sampling, seen)
-      token = jnp.argmax(q, axis=-1).astype(jnp.int32)
+      token = sampling_lib.arg_max(q)
     else:
       q = sampling_lib.processed_logits(logits, context.sampling, seen)
       position = (context.length + index)[:, None]

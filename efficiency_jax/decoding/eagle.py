@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from efficiency_jax.decoding import draft_trees
 from efficiency_jax.decoding import draft_vocabulary
 from efficiency_jax.decoding import drafters
+from efficiency_jax.decoding import sampling as sampling_lib
 from efficiency_jax.decoding.prefill import prefill
 from efficiency_jax.decoding.prefill import slots_for
 from efficiency_jax.linear import embed
@@ -349,21 +350,30 @@ class Eagle:
     return apply(self.form, weights.draft, weights.target, *args, **options)
 
   def _chain(self, weights, state, own, root, context, length, purpose):
-    def whole(hidden):
+    settings = context.sampling
+    penalized = settings.repetition_penalty is not None
+    # The best of the vocabulary is the best of all tokens.
+    within = sampling_lib.is_greedy(settings) and not penalized
+    within &= state.columns is not None
+
+    def scored(hidden):
       logits = self._scores(weights, state, hidden)
-      if state.columns is None:
+      if state.columns is None or within:
         return logits
       return draft_vocabulary.spread(logits, state.columns)
 
-    def feed(token, carry):
+    def token_of(column):
+      return weights.draft['vocabulary'][column] if within else column
+
+    def feed(column, carry):
       own, hidden = carry
-      hidden, own = self._step(weights, token, hidden, own)
-      return whole(hidden), (own, hidden)
+      hidden, own = self._step(weights, token_of(column), hidden, own)
+      return scored(hidden), (own, hidden)
 
     proposal, (own, _) = drafters.sample_chain(
-      feed, whole(root), (own, root), context, length, purpose
+      feed, scored(root), (own, root), context, length, purpose
     )
-    return proposal, own
+    return proposal._replace(tokens=token_of(proposal.tokens)), own
 
   def _tree(self, weights, state, own, root, tree):
     def guess(hidden, most):

@@ -79,7 +79,7 @@ class Verifier:
 
 def _greedy(keys, position, logits, proposal: Proposal, tree) -> Verdict:
   del keys, position
-  choice = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  choice = sampling.arg_max(logits)
   return _follow(choice, proposal, tree)
 
 

@@ -187,7 +187,8 @@ class DecoderLM(nn.Module):
     batch, time = tokens.shape
     start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
     positions = start[:, None] + _places(time, cache, ancestors, segments)
-    turn, local_turn = _turns(c, positions)
+    turns = functools.partial(_turns, c)
+    turn, local_turn = (turns if cache is None else _once(turns))(positions)
 
     embedding = Embedding(c.vocab_size, c.width, name='embedding')
     x = _embedded(c, embedding(tokens))
@@ -384,6 +385,21 @@ def _turns(c: DecoderConfig, positions: jax.Array):
     return turn, turn
   local = rope.frequencies(c.head_dim, c.local_rope_theta)
   return turn, rope.rotation(positions, local)
+
+
+def _once(f: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
+  """`f` of positions, which are never negative, computed once on a CPU.
+
+  XLA would fuse it into all of its readers there, which for sines and cosines
+  is every number of every head of every layer. Out of a branch it fuses
+  nothing, and does not see that there is only one.
+  """
+
+  def in_branch(positions):
+    zeros = lambda x: jax.tree.map(jnp.zeros_like, jax.eval_shape(f, x))
+    return jax.lax.cond(positions.min() >= 0, f, zeros, positions)
+
+  return functools.partial(jax.lax.platform_dependent, cpu=in_branch, default=f)
 
 
 def _norm(c: DecoderConfig, name: str, cached: bool) -> RMSNorm:

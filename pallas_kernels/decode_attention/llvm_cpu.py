@@ -39,6 +39,7 @@ class _Sizes(NamedTuple):
   time: int
   heads: int
   kv_heads: int
+  together: int  # heads of a part
   slots: int
   width: int
   v_width: int
@@ -66,8 +67,11 @@ def attention(
   check(rule, splits, q, k, v)
   batch, time, heads, width = q.shape
   kv_heads, slots, v_width = v.shape[1:]
+  # Heads of the same keys read them once, if enough parts are left.
+  group = heads // kv_heads
+  together = group if batch * kv_heads >= 2 * llvm_cpu.parts() else 1
   sizes = _Sizes(
-    *(time, heads, kv_heads, slots, width, v_width),
+    *(time, heads, kv_heads, together, slots, width, v_width),
     int8=k_scales is not None,
     tree=limits.ancestors is not None,
     scale=rule.scale / math.log(2),
@@ -86,7 +90,7 @@ def attention(
     sizes,
     args,
     (shape((batch, time, heads, v_width), jnp.float32), statistic, statistic),
-    parts=batch * heads,
+    parts=batch * heads // together,
   )
   lse = math.log(2) * (largest + jnp.log2(total))
   return out, jnp.where(total == 0, -jnp.inf, lse)
@@ -167,7 +171,8 @@ class _Query(NamedTuple):
   seen: Any  # [T] int8, None for a chain
   out: Any  # [Dv]
   largest: Any  # []
-  total: Any  # [lanes], what is summed up at the end
+  total: Any  # []
+  parts: Any  # [lanes], what is summed up to the total at the end
 
 
 def _emit(builder, z: _Sizes, pointers, part) -> None:
@@ -175,13 +180,15 @@ def _emit(builder, z: _Sizes, pointers, part) -> None:
   q, k, v, offset, low, high, *rest, out, largest, total = pointers
   seen = rest.pop(0) if z.tree else None
   scales = rest if z.int8 else (None, None)
-  row = builder.sdiv(part, ll.number(z.heads))
-  head = builder.srem(part, ll.number(z.heads))
-  kv_head = builder.sdiv(head, ll.number(z.heads // z.kv_heads))
+  first = builder.mul(part, ll.number(z.together))  # head of the batch
+  row = builder.sdiv(first, ll.number(z.heads))
+  first = builder.srem(first, ll.number(z.heads))
+  kv_head = builder.sdiv(first, ll.number(z.heads // z.kv_heads))
   kv_head = ll.index(builder, row, z.kv_heads, kv_head)
   start = ll.load_index(builder, offset, row)
   scores = ll.room(builder, z.block)
-  sums = ll.room(builder, z.time * ll.lanes())
+  queries = z.time * z.together
+  sums = ll.room(builder, queries * ll.lanes())
 
   kind = ll.i8 if z.int8 else ll.f32
   at = lambda base, index, size, kind=ll.f32: ll.place(
@@ -193,56 +200,60 @@ def _emit(builder, z: _Sizes, pointers, part) -> None:
     *(base and at(base, kv_head, z.slots) for base in scales),
   )
 
-  def query(t) -> _Query:
+  def query(i) -> _Query:
+    t = builder.sdiv(i, ll.number(z.together))
+    head = builder.add(first, builder.srem(i, ll.number(z.together)))
     among_all = ll.index(builder, row, z.time, t)
     line = ll.index(builder, among_all, z.heads, head)
+    statistic = ll.index(builder, row, z.heads, head)
+    statistic = ll.index(builder, statistic, z.time, t)
     return _Query(
       at(q, line, z.width),
       seen and at(seen, among_all, z.time, ll.i8),
       at(out, line, z.v_width),
-      at(largest, ll.index(builder, part, z.time, t), 1),
-      at(sums, t, ll.lanes()),
+      at(largest, statistic, 1),
+      at(total, statistic, 1),
+      at(sums, i, ll.lanes()),
     )
 
-  def bounds(t):
+  def bounds(i):
+    t = builder.sdiv(i, ll.number(z.together))
     among_all = ll.index(builder, row, z.time, t)
     return tuple(
       ll.load_index(builder, base, among_all) for base in (low, high)
     )
 
   nowhere = ll.number(z.slots), ll.number(0)
-  with ll.carry(builder, 0, z.time, 1, nowhere) as (t, (begin, end), keep):
-    _begin(builder, z, query(t))
-    least, most = bounds(t)
+  with ll.carry(builder, 0, queries, 1, nowhere) as (i, (begin, end), keep):
+    _begin(builder, z, query(i))
+    least, most = bounds(i)
     keep((ll.least(builder, begin, least), ll.most(builder, end, most)))
   begin = builder.sub(begin, builder.srem(begin, ll.number(z.block)))
   with (
     ll.count(builder, begin, end, z.block) as block,
-    ll.count(builder, 0, z.time, 1) as t,
+    ll.count(builder, 0, queries, 1) as i,
   ):
-    least, most = bounds(t)
+    least, most = bounds(i)
     least = ll.most(builder, least, block)
     after = builder.add(block, ll.number(z.block))
     most = ll.least(builder, most, after)
     with builder.if_then(builder.icmp_signed('<', least, most)):
-      _read(builder, z, keys, query(t), (start, block, least, most), scores)
-  with ll.count(builder, 0, z.time, 1) as t:
-    _finish(
-      builder, z, query(t), at(total, ll.index(builder, part, z.time, t), 1)
-    )
+      _read(builder, z, keys, query(i), (start, block, least, most), scores)
+  with ll.count(builder, 0, queries, 1) as i:
+    _finish(builder, z, query(i))
 
 
 def _begin(builder, z, query) -> None:
   ll.store(builder, ll.constant(-math.inf), query.largest)
-  ll.store(builder, ll.zeros(), query.total)
+  ll.store(builder, ll.zeros(), query.parts)
   with ll.count(builder, 0, z.v_width, ll.lanes()) as i:
     ll.store(builder, ll.zeros(), ll.place(builder, query.out, i))
 
 
-def _finish(builder, z, query, total) -> None:
+def _finish(builder, z, query) -> None:
   """Divides out by the sum of the weights, which it writes down too."""
-  weight = ll.total(builder, ll.load_vector(builder, query.total))
-  ll.store(builder, weight, total)
+  weight = ll.total(builder, ll.load_vector(builder, query.parts))
+  ll.store(builder, weight, query.total)
   nothing = builder.fcmp_ordered('==', weight, ll.constant(0.0))
   weight = builder.select(nothing, ll.constant(1.0), weight)
   weight = ll.spread(builder, weight)
@@ -302,7 +313,7 @@ def _maximum(builder, query, span, near):
 
 def _weigh(builder, z, keys, query, span, near, largest, shrink) -> None:
   """Weights in place of the scores, and their sum."""
-  total = builder.fmul(ll.load_vector(builder, query.total), shrink)
+  total = builder.fmul(ll.load_vector(builder, query.parts), shrink)
   steps = ll.carry(builder, *span, ll.lanes(), [total])
   with steps as (slot, (total,), keep):
     score = ll.load_vector(builder, near(slot))
@@ -312,7 +323,7 @@ def _weigh(builder, z, keys, query, span, near, largest, shrink) -> None:
       scale = ll.load_vector(builder, ll.place(builder, keys.v_scales, slot))
       weight = builder.fmul(weight, scale)
     ll.store(builder, weight, near(slot))
-  ll.store(builder, total, query.total)
+  ll.store(builder, total, query.parts)
 
 
 def _add_values(builder, z, keys, query, span, near, shrink) -> None:
@@ -321,15 +332,19 @@ def _add_values(builder, z, keys, query, span, near, shrink) -> None:
     ll.place(builder, query.out, i) for i in range(0, z.v_width, ll.lanes())
   ]
   sums = [builder.fmul(ll.load_vector(builder, at), shrink) for at in places]
-  with ll.carry(builder, *span, 1, sums) as (slot, sums, keep):
+  # Two sums take turns, so that a product need not wait for the one before.
+  others = [ll.zeros() for _ in sums]
+  with ll.carry(builder, *span, 1, sums + others) as (slot, both, keep):
+    sums, others = both[: len(places)], both[len(places) :]
     weight = ll.spread(builder, ll.load(builder, near(slot)))
     line = _line(builder, keys.v, slot, z.v_width, z.int8)
+    keep(others)
     keep(
       ll.apply(builder, 'fma', weight, value, total)
       for value, total in zip(line, sums, strict=True)
     )
-  for at, total in zip(places, sums, strict=True):
-    ll.store(builder, total, at)
+  for at, total, other in zip(places, sums, others, strict=True):
+    ll.store(builder, builder.fadd(total, other), at)
 
 
 def _scores(builder, z, keys, query, span, slot):

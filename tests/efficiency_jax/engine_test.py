@@ -110,7 +110,7 @@ def test_a_draft_model_shares_the_tables_of_the_target(lm):
   engine = prepare(heads=_model(lm), greedy=False)
   assert engine.weights.draft['head']['table'].shape == (128, lm.config.width)
   assert engine.decoder.verifier.name == 'block'
-  assert engine.decoder.schedule.lengths == engine_lib.ADAPTIVE_LENGTHS
+  assert engine.decoder.schedule.lengths == engine_lib.MODEL_LENGTHS
 
 
 def test_lengths_and_verifiers_follow_the_draft(lm):
@@ -124,7 +124,7 @@ def test_lengths_and_verifiers_follow_the_draft(lm):
     none = prepare(drafter, heads=draft(lm, trees=(_TREE,)), trees=())
     for found in (chains, none):
       assert found.verifier.name == 'block'
-      assert found.schedule.lengths == engine_lib.ADAPTIVE_LENGTHS
+      assert found.schedule.lengths == engine_lib.MODEL_LENGTHS
       assert found.drafter.tree(3).is_chain
     assert trees.verifier.name == 'coupled'
     assert trees.schedule.lengths == (0, 3)

@@ -102,10 +102,16 @@ def test_or_else_a_cut_of_the_target(lm):
     ('eagle', 'eagle', None, "trained.eagle=.*is a draft for 'draft model'"),
     ('eagle', 'draft_model', None, "method 'eagle' needs --config.trained.ea"),
     (
-      'draft model chain',
+      'n-gram dynamic',
       'draft_model',
       None,
-      'with a length there are medusa chain, eagle chain, eagle dynamic, draft',
+      'of shapes there are medusa chain, eagle chain, eagle dynamic, draft',
+    ),
+    (
+      'draft model dynamic',
+      'draft_model',
+      None,
+      "'draft model dynamic' needs a length: draft model dynamic, 7",
     ),
     ('eagle chain', 'eagle', None, "is a draft for 'draft model'"),
   ],

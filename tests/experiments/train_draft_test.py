@@ -118,7 +118,7 @@ def test_decode_takes_it(finished, tmp_path):
     ('--config.trained.eagle=nothing', "no draft 'nothing' is shipped"),
     ('--config.trained.eagle=no.safetensors', 'there is no such file'),
     ('--config.trained.eagle=', "method 'eagle' needs --config.trained.eagle"),
-    ("--config.methods=('eagle chain',)", 'with a length there are'),
+    ("--config.methods=('eagle dynamic',)", "'eagle dynamic' needs a length"),
   ],
 )
 def test_a_draft_that_is_not_there(tmp_path, capsys, finished, flag, message):

@@ -82,6 +82,21 @@ def test_top_p_one_keeps_all_of_a_large_vocabulary():
   assert kept[1] < 4000
 
 
+@hypothesis.given(
+  size=st.sampled_from([1, 13, 512, 1000, 1536]),
+  values=st.integers(1, 5),
+  special=st.sampled_from([0.0, -np.inf, np.inf]),
+  seed=st.integers(0, 10**6),
+)
+def test_the_arg_max_is_the_first_of_the_largest(size, values, special, seed):
+  rng = np.random.default_rng(seed)
+  x = rng.integers(0, values, (2, 3, size)).astype(np.float32)
+  x[0, :, rng.integers(size)] = special
+  found = sampling.arg_max(jnp.asarray(x))
+  assert found.dtype == jnp.int32
+  np.testing.assert_array_equal(found, x.argmax(-1))
+
+
 def test_greedy_rows_are_exact_point_masses():
   logits = jax.random.normal(jax.random.key(0), (3, 4, 7))
   settings = sampling.make(3, temperature=[0.0, 1.0, 0.0], top_k=3)

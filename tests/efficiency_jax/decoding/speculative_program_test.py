@@ -1,4 +1,4 @@
-"""What XLA makes of the loop: no copy of the cache, no convert of weights."""
+"""What XLA makes of the loop: no copy of a cache, no sine computed twice."""
 
 import jax
 import jax.numpy as jnp
@@ -34,20 +34,9 @@ DRAFTERS = {
 
 @pytest.mark.parametrize('drafter', list(DRAFTERS))
 def test_a_round_copies_no_cache_and_converts_no_weight(drafter):
-  decoder = speculative.Decoder(
-    apply=transformer.apply_fn(CONFIG),
-    drafter=DRAFTERS[drafter],
-    schedule=schedule.Schedule(lengths=(0, 3)),
-  )
-  weights = drafters.Weights(fixtures.params(CONFIG), fixtures.params(DRAFT))
-  if drafter == 'eagle':
-    weights = eagle_models.weights(EAGLE, vocabulary=tuple(range(53)))
-  prompts = [[1, 2, 3, 1, 2], [7], [4, 9, 9, 4, 9, 9, 4]]
-  state = fixtures.begin(decoder, weights, CONFIG, prompts, 170)
+  weights, state, program = _compiled(drafter)
   cache = state.cache.keys[0].shape
   assert cache == (3, 2, 256, 4)
-  arguments = (decoder, weights, state, jnp.int32(9), jnp.ones(2), jnp.int32(0))
-  program = speculative.run.lower(*arguments).compile().as_text()
   found = speed.loop_operations(program)
   assert found['dynamic-update-slice', cache] or any(
     name == 'dynamic-update-slice' for name, _ in found
@@ -62,3 +51,27 @@ def test_a_round_copies_no_cache_and_converts_no_weight(drafter):
       for shape in (leaf.shape, leaf.shape[::-1]):
         for operation in ('convert', 'copy', 'transpose'):
           assert not found[operation, shape], (operation, shape)
+
+
+def test_layers_share_the_sines_of_their_rotations():
+  _, _, program = _compiled('n-gram')
+  # Of rounds of two lengths, each of several layers.
+  assert CONFIG.num_layers > 1
+  assert program.count(' sine(') == program.count(' cosine(') == 2
+
+
+def _compiled(drafter):
+  """Weights, the state before, and the text of the compiled loop."""
+  decoder = speculative.Decoder(
+    apply=transformer.apply_fn(CONFIG),
+    drafter=DRAFTERS[drafter],
+    schedule=schedule.Schedule(lengths=(0, 3)),
+  )
+  weights = drafters.Weights(fixtures.params(CONFIG), fixtures.params(DRAFT))
+  if drafter == 'eagle':
+    weights = eagle_models.weights(EAGLE, vocabulary=tuple(range(53)))
+  prompts = [[1, 2, 3, 1, 2], [7], [4, 9, 9, 4, 9, 9, 4]]
+  state = fixtures.begin(decoder, weights, CONFIG, prompts, 170)
+  arguments = (decoder, weights, state, jnp.int32(9), jnp.ones(2), jnp.int32(0))
+  program = speculative.run.lower(*arguments).compile().as_text()
+  return weights, state, program

@@ -31,6 +31,10 @@ def _cache(seed, time, slots=192, heads=(6, 2), width=32, int8=False, batch=2):
   return (q, k, v), scales
 
 
+# Nobody but itself sees the fourth of five tokens.
+_NO_FOURTH = (np.arange(5) != 3) | np.eye(5, dtype=bool)
+
+
 def _run(name, arrays, length, **options):
   call = lambda *a: api.decode_attention(*a, implementation=name, **options)
   return jax.jit(call)(*arrays, jnp.asarray(length, jnp.int32))
@@ -80,6 +84,22 @@ def test_the_bits_of_a_query_do_not_depend_on_the_others(int8, window):
       )
       np.testing.assert_array_equal(alone[0], together[0][:, part])
       np.testing.assert_array_equal(alone[1], together[1][:, :, part])
+
+
+@pytest.mark.parametrize('int8', [False, True])
+@pytest.mark.parametrize('tree', [False, True])
+def test_heads_of_the_same_keys_may_be_one_part(monkeypatch, int8, tree):
+  """Which a large batch chooses, and which changes no bit."""
+  arrays, options = _cache(6, 5, int8=int8, batch=4)
+  if tree:
+    options['ancestors'] = jnp.asarray(np.tri(5, dtype=bool) & _NO_FOURTH)
+  found = []
+  for parts in (100, 1):
+    monkeypatch.setattr(cpu, 'parts', lambda n=parts: n)
+    found.append(_run('llvm_cpu', arrays, [136, 73, 5, 64], **options))
+  assert all(map(np.array_equal, *found))
+  expected = _run('reference', arrays, [136, 73, 5, 64], **options)
+  np.testing.assert_allclose(found[1][0], expected[0], atol=5e-6, rtol=2e-6)
 
 
 def test_the_bits_of_a_branch_are_those_of_a_chain():
