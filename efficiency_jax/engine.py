@@ -350,7 +350,7 @@ def compiled(
   return speculative.run.lower(*arguments).compile()
 
 
-_COSTS: dict[Any, np.ndarray] = {}
+_COSTS: dict[Any, list[np.ndarray]] = {}  # the tables of all measurements
 
 
 def measured_costs(
@@ -363,21 +363,21 @@ def measured_costs(
   """
   key = _costs_key(engine, settings, batch, slots)
   if key not in _COSTS:
-    _COSTS[key] = _measured(engine, settings, batch, slots)
-  return _COSTS[key]
+    _COSTS[key] = [_measured(engine, settings, batch, slots)]
+  return cost_table.combined(_COSTS[key])
 
 
 def measure_costs_again(
   engine: Engine, settings: sampling.Sampling, batch: int, slots: int
 ) -> None:
-  """Measures the table once more; of each entry the smaller one is kept.
+  """Measures the table once more, and combines it with those before.
 
   Engines that are compared take turns, so that none has a slow moment alone.
   """
-  before = measured_costs(engine, settings, batch, slots)
   again = _measured(engine, settings, batch, slots)
-  key = _costs_key(engine, settings, batch, slots)
-  _COSTS[key] = np.minimum(before, again)
+  _COSTS.setdefault(_costs_key(engine, settings, batch, slots), []).append(
+    again
+  )
 
 
 def _costs_key(engine, settings, batch, slots):

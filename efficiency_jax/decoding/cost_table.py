@@ -1,5 +1,6 @@
 """Seconds that a round of each draft length takes, measured on this machine."""
 
+from collections.abc import Sequence
 import time
 
 import jax
@@ -36,11 +37,10 @@ def measure(
     state: A started state, used up by this call. Every row must have room for
       `rounds` fully accepted drafts between its `length` and its `limit`.
     rounds: Rounds a sample at most: as many as take 0.2 seconds are enough.
-    repeats: Samples a length, of which the fastest counts: whatever else the
-      machine does only adds time.
+    repeats: Samples a length.
 
   Returns:
-    Seconds a round of each draft length: [len(lengths)] float32.
+    Seconds a round of each draft length: [len(lengths)] float32, `combined`.
   """
   lengths = decoder.schedule.lengths
   room = np.asarray(state.limit - state.length).min()
@@ -74,4 +74,17 @@ def measure(
       seconds[repeat, index] = (time.perf_counter() - begin) / number[index]
     if repeat == 0:
       number = np.ceil(_ENOUGH / seconds[0]).clip(1, rounds).astype(int)
-  return seconds[1:].min(axis=0).astype(np.float32)
+  return combined(seconds[1:])
+
+
+def combined(turns: Sequence[np.ndarray]) -> np.ndarray:
+  """One table [L] of those of several turns: what a length costs over others.
+
+  A schedule compares lengths with each other. So each is compared within a
+  turn, where the machine was as fast for all, and the median of the turns
+  counts; the fastest time of each length would be that of another moment. The
+  first length has its fastest time, for what else the machine does adds time.
+  """
+  turns = np.asarray(turns)
+  ratios = np.median(turns / turns[:, :1], axis=0)
+  return (turns[:, 0].min() * ratios).astype(np.float32)

@@ -63,6 +63,13 @@ def test_a_long_round_is_enough_for_a_sample(monkeypatch):
   np.testing.assert_allclose(seconds, 0.15 / 2, rtol=1e-5)
 
 
+def test_lengths_are_compared_within_a_turn():
+  turns = [[2.0, 3.0], [1.0, 1.6], [4.0, 4.1], [1.2, 1.8], [6.0, 9.0]]
+  # A machine that was slow for both changes nothing; one odd turn neither.
+  np.testing.assert_allclose(cost_table.combined(turns), [1.0, 1.5])
+  np.testing.assert_allclose(cost_table.combined([[3.0], [2.0]]), [2.0])
+
+
 def test_rows_without_room_are_refused():
   state = fixtures.begin(DECODER, WEIGHTS, CONFIG, [[1, 2, 3]], 8)
   with pytest.raises(ValueError, match='room for 3 rounds'):
