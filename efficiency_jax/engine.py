@@ -358,26 +358,27 @@ def measured_costs(
 ) -> np.ndarray:
   """Seconds a round of each draft length for a batch of this size.
 
-  Measured once in a process for a decoder, kind of sampling, batch and buffer
-  size. The table steers speed alone, never the law of the text.
+  Measured in this process for a decoder, kind of sampling, batch and buffer
+  size, once if not by `measure_costs`. The table steers speed alone, never the
+  law of the text.
   """
   key = _costs_key(engine, settings, batch, slots)
   if key not in _COSTS:
-    _COSTS[key] = [_measured(engine, settings, batch, slots)]
+    measure_costs(engine, settings, batch, slots)
   return cost_table.combined(_COSTS[key])
 
 
-def measure_costs_again(
+def measure_costs(
   engine: Engine, settings: sampling.Sampling, batch: int, slots: int
-) -> None:
-  """Measures the table once more, and combines it with those before.
+) -> np.ndarray:
+  """Such a table measured now; `measured_costs` combines all that there are.
 
   Engines that are compared take turns, so that none has a slow moment alone.
   """
-  again = _measured(engine, settings, batch, slots)
-  _COSTS.setdefault(_costs_key(engine, settings, batch, slots), []).append(
-    again
-  )
+  table = _measured(engine, settings, batch, slots)
+  key = _costs_key(engine, settings, batch, slots)
+  _COSTS.setdefault(key, []).append(table)
+  return table
 
 
 def _costs_key(engine, settings, batch, slots):

@@ -10,13 +10,14 @@ import numpy as np
 from efficiency_jax import engine as engine_lib
 from efficiency_jax import generation
 from efficiency_jax.decoding import cost_model
+from efficiency_jax.decoding import cost_table
 from efficiency_jax.decoding import sampling
 from efficiency_jax.decoding import statistics
 from efficiency_jax.engine import Engine
 from efficiency_jax.generation import Generation
 
 BASELINE = 'plain'
-_TURNS = 2  # in which costs are measured once more
+_TURNS = 3  # in which costs are measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,8 +73,8 @@ def warm_up(
 ) -> dict[str, dict[str, Any]]:
   """Compiles all that `measure` will run for a batch size.
 
-  The costs of rounds are measured in turns, so that a slow moment of the
-  machine is no method's alone.
+  The costs of rounds are measured in turns and compared within a turn, so that
+  a slow moment of the machine is no method's alone.
 
   Returns:
     For each method its `peak_bytes` (weights, cache and scratch of the compiled
@@ -84,7 +85,12 @@ def warm_up(
   for method in methods:
     prompts = [[0]] * batch
     generation.generate(
-      method.engine, prompts, max_new_tokens=1, slots=slots, **settings
+      method.engine,
+      prompts,
+      max_new_tokens=1,
+      slots=slots,
+      costs=np.ones(len(method.engine.decoder.schedule.lengths)),
+      **settings,
     )
     memory = engine_lib.compiled(
       method.engine, made, batch, slots
@@ -98,19 +104,34 @@ def warm_up(
         + memory.temp_size_in_bytes
       )
     facts[method.name] = {'peak_bytes': peak}
-  for measure_costs in (
-    engine_lib.measured_costs,
-    *[engine_lib.measure_costs_again] * _TURNS,
-  ):
-    for method in methods:
-      measure_costs(method.engine, made, batch, slots)
-  for method in methods:
-    costs = engine_lib.measured_costs(method.engine, made, batch, slots)
-    lengths = method.engine.decoder.schedule.lengths
-    facts[method.name]['round_seconds'] = dict(
-      zip(lengths, costs.tolist(), strict=True)
-    )
+  for name, costs in _round_seconds(methods, made, batch, slots).items():
+    facts[name]['round_seconds'] = costs
   return facts
+
+
+def _round_seconds(methods, made, batch, slots) -> dict[str, dict[int, float]]:
+  """The cost of each draft length of each method over that of the first."""
+  engines = {id(method.engine): method.engine for method in methods}
+  turns = [
+    [
+      engine_lib.measure_costs(engine, made, batch, slots)
+      for engine in engines.values()
+    ]
+    for _ in range(_TURNS)
+  ]
+  costs = cost_table.combined([np.concatenate(turn) for turn in turns])
+  ends = np.cumsum([len(table) for table in turns[0]])
+  tables = dict(zip(engines, np.split(costs, ends[:-1]), strict=True))
+  return {
+    method.name: dict(
+      zip(
+        method.engine.decoder.schedule.lengths,
+        tables[id(method.engine)].tolist(),
+        strict=True,
+      )
+    )
+    for method in methods
+  }
 
 
 def record(result: Generation, baseline: Generation) -> dict[str, Any]:

@@ -1,0 +1,35 @@
+"""Costs of rounds, compared between methods; decode_test runs the rest."""
+
+import types
+
+import numpy as np
+import pytest
+
+from efficiency_jax.evaluation import decoding
+
+
+def _engine(*lengths):
+  schedule = types.SimpleNamespace(lengths=lengths)
+  return types.SimpleNamespace(decoder=types.SimpleNamespace(schedule=schedule))
+
+
+def test_costs_are_compared_within_a_turn(monkeypatch):
+  """A machine that is slow for a whole turn changes no ratio."""
+  plain, adaptive = _engine(0), _engine(0, 3)
+  methods = [
+    decoding.Method(name='plain', engine=plain),
+    decoding.Method(name='n-gram', engine=adaptive),
+    decoding.Method(name='n-gram, 3', engine=adaptive, force_length=3),
+  ]
+  costs = {id(plain): [1.0], id(adaptive): [1.1, 1.5]}
+  # In the second turn only the last measurement is slow.
+  slowness = iter([3.0, 3.0, 1.0, 2.0, 2.0, 2.0])
+  monkeypatch.setattr(
+    decoding.engine_lib,
+    'measure_costs',
+    lambda engine, *_: next(slowness) * np.array(costs[id(engine)]),
+  )
+  found = decoding._round_seconds(methods, None, 1, 128)
+  assert found['plain'] == pytest.approx({0: 1.0})
+  assert found['n-gram'] == pytest.approx({0: 1.1, 3: 1.5})
+  assert found['n-gram, 3'] == found['n-gram']
