@@ -369,13 +369,17 @@ def measured_costs(
 
 
 def measure_costs(
-  engine: Engine, settings: sampling.Sampling, batch: int, slots: int
+  engine: Engine,
+  settings: sampling.Sampling,
+  batch: int,
+  slots: int,
+  repeats: int = 4,
 ) -> np.ndarray:
   """Such a table measured now; `measured_costs` combines all that there are.
 
   Engines that are compared take turns, so that none has a slow moment alone.
   """
-  table = _measured(engine, settings, batch, slots)
+  table = _measured(engine, settings, batch, slots, repeats)
   key = _costs_key(engine, settings, batch, slots)
   _COSTS.setdefault(key, []).append(table)
   return table
@@ -387,7 +391,7 @@ def _costs_key(engine, settings, batch, slots):
   return engine.decoder, kind, batch, slots, weights, engine.cache_dtype
 
 
-def _measured(engine, settings, batch, slots) -> np.ndarray:
+def _measured(engine, settings, batch, slots, repeats) -> np.ndarray:
   slack = engine.decoder.slack
   rounds = max(1, min(6, slots // slack // 2))
   prompt = max(1, min(slots // 2, slots - slack * (rounds + 1)))
@@ -397,7 +401,11 @@ def _measured(engine, settings, batch, slots) -> np.ndarray:
   budget = slots - slack - prompt
   state = start(engine, ids.tolist(), budget, settings, keys, slots)
   return cost_table.measure(
-    engine.decoder, engine.weights, state, rounds=min(rounds, budget // slack)
+    engine.decoder,
+    engine.weights,
+    state,
+    rounds=min(rounds, budget // slack),
+    repeats=repeats,
   )
 
 

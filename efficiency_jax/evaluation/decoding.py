@@ -17,7 +17,7 @@ from efficiency_jax.engine import Engine
 from efficiency_jax.generation import Generation
 
 BASELINE = 'plain'
-_TURNS = 3  # in which costs are measured
+_TURNS = 3  # in which costs are measured, twice each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def _round_seconds(methods, made, batch, slots) -> dict[str, dict[int, float]]:
   engines = {id(method.engine): method.engine for method in methods}
   turns = [
     [
-      engine_lib.measure_costs(engine, made, batch, slots)
+      engine_lib.measure_costs(engine, made, batch, slots, repeats=2)
       for engine in engines.values()
     ]
     for _ in range(_TURNS)

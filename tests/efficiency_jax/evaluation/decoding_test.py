@@ -27,7 +27,7 @@ def test_costs_are_compared_within_a_turn(monkeypatch):
   monkeypatch.setattr(
     decoding.engine_lib,
     'measure_costs',
-    lambda engine, *_: next(slowness) * np.array(costs[id(engine)]),
+    lambda engine, *_, **__: next(slowness) * np.array(costs[id(engine)]),
   )
   found = decoding._round_seconds(methods, None, 1, 128)
   assert found['plain'] == pytest.approx({0: 1.0})
