@@ -9,8 +9,8 @@ problems, 40 tokens, n-grams and the trained drafts that come with the package.
 
 Hardware: two CPU cores, 4 GB of memory. The demo takes 4 to 5 minutes with
 compilation, the whole run some 75 minutes. Expect 1.3x plain on
-HumanEval and 1.1x on MT-bench at batch 1, 0.96x to 1.01x at batch 8, and every
-row exact.
+HumanEval and 1.1x on MT-bench at batch 1, about plain's speed at batch 8, and
+every row exact.
 """
 
 import ml_collections
