@@ -169,6 +169,29 @@ def test_a_tree_holds_the_best_guesses_after_each_node():
         assert tokens[child - 1] == order[_TREE.rank[child]]
 
 
+def test_a_greedy_chain_holds_the_best_guess_after_each_token():
+  """Whether scores stay in the vocabulary or, with a penalty, leave it."""
+  form = _REDUCED
+  weights = eagle_models.weights(form)
+  decoder = _decoder(form, 'greedy', (3,), trees=())
+  state = _begin(decoder, _PROMPTS, 20)
+  _, features = eagle_models.recomputed(form, state)
+  none = state.sampling
+  for settings in (none, none._replace(repetition_penalty=jnp.ones(3))):
+    context = drafters.Context(state.tokens, state.length, state.keys, settings)
+    proposal, _, _ = decoder.drafter.propose(
+      weights, state.draft, None, context, 3, sampling.Purpose.SAMPLE
+    )
+    for row, prompt in enumerate(_PROMPTS):
+      text = list(prompt)
+      for token in proposal.tokens[row].tolist():
+        scores = eagle_models.scores_after(
+          form, state, features, row, text, len(prompt)
+        )
+        assert token == eagle_models.VOCABULARY[scores.argmax()]
+        text.append(token)
+
+
 # Drafts that know the target, which has one layer.
 
 _SHALLOW = fixtures.config(
