@@ -93,11 +93,19 @@ def test_heads_of_the_same_keys_may_be_one_part(monkeypatch, int8, tree):
   arrays, options = _cache(6, 5, int8=int8, batch=4)
   if tree:
     options['ancestors'] = jnp.asarray(np.tri(5, dtype=bool) & _NO_FOURTH)
-  found = []
+  call, chosen, found = cpu.call, [], []
+
+  def watched(*args, parts, **others):
+    chosen.append(parts)
+    return call(*args, parts=parts, **others)
+
+  monkeypatch.setattr(cpu, 'call', watched)
   for parts in (100, 1):
     monkeypatch.setattr(cpu, 'parts', lambda n=parts: n)
+    jax.clear_caches()  # of what was traced for other parts
     found.append(_run('llvm_cpu', arrays, [136, 73, 5, 64], **options))
   assert all(map(np.array_equal, *found))
+  assert chosen == [24, 8]
   expected = _run('reference', arrays, [136, 73, 5, 64], **options)
   np.testing.assert_allclose(found[1][0], expected[0], atol=5e-6, rtol=2e-6)
 
