@@ -164,13 +164,8 @@ def prepare(
       "verifier 'greedy' needs temperature 0; use 'block', 'token' or"
       " 'coupled'."
     )
-  adaptive = ADAPTIVE_LENGTHS if drafter == 'n-gram' else MODEL_LENGTHS
-  lengths = adaptive if draft_length is None else (draft_length,)
-  if draft_length is None and trees:
-    lengths = (0, *sorted(len(tree) - 1 for tree in trees))
   prior, own, inner = (0.5,), None, ()
   if drafter == 'plain':
-    lengths = (draft_length or 0,)
     chosen = drafters.Nothing()
   elif drafter == 'n-gram':
     chosen, prior = drafters.NGram(), _NGRAM_PRIOR
@@ -191,7 +186,9 @@ def prepare(
     apply=transformer.apply_fn(lm.config, layers=inner),
     drafter=chosen,
     verifier=verifiers.named(verifier),
-    schedule=schedule_lib.Schedule(lengths=lengths, prior=prior),
+    schedule=schedule_lib.Schedule(
+      lengths=_lengths(drafter, draft_length, trees), prior=prior
+    ),
   )
   weights = drafters.Weights(lm.params, own)
   return Engine(
@@ -201,6 +198,21 @@ def prepare(
     stop_tokens=lm.tokenizer.stop_ids if stop else (),
     cache_dtype=jnp.dtype(_dtype(lm) if cache_dtype is None else cache_dtype),
   )
+
+
+def _lengths(
+  drafter: str,
+  draft_length: int | None,
+  trees: tuple[draft_trees.Shape, ...] | None,
+) -> tuple[int, ...]:
+  """The draft lengths to compile."""
+  if drafter == 'plain':
+    return (draft_length or 0,)
+  if draft_length is not None:
+    return (draft_length,)
+  if trees:
+    return (0, *sorted(len(tree) - 1 for tree in trees))
+  return ADAPTIVE_LENGTHS if drafter == 'n-gram' else MODEL_LENGTHS
 
 
 def _medusa(

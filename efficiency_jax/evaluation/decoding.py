@@ -110,7 +110,7 @@ def warm_up(
 
 
 def _round_seconds(methods, made, batch, slots) -> dict[str, dict[int, float]]:
-  """The cost of each draft length of each method over that of the first."""
+  """Of each draft length of each method; all are compared with the first."""
   engines = {id(method.engine): method.engine for method in methods}
   turns = [
     [

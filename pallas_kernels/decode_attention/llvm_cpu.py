@@ -7,9 +7,10 @@
                     +-------------+----------+-------^--+
                                                      its last slot
 
-A part of the work is one head of one row. It goes over the slots in blocks that
-stay in the first cache of a core, and in a block over the queries: sixteen
-scores become one vector, the running maximum m and sum l grow with the block,
+A part of the work is one head of one row, or in a large batch the heads of a
+row that share their keys. It goes over the slots in blocks that stay in the
+first cache of a core, and in a block over its queries: sixteen scores become
+one vector, the running maximum m and sum l grow with the block,
 
     p = 2^(s - m'),  l' = l 2^(m - m') + sum p,  out' = out 2^(m - m') + p v
 
@@ -176,7 +177,7 @@ class _Query(NamedTuple):
 
 
 def _emit(builder, z: _Sizes, pointers, part) -> None:
-  """One head of one row."""
+  """Some heads of one row, `z.together` that read the same keys."""
   q, k, v, offset, low, high, *rest, out, largest, total = pointers
   seen = rest.pop(0) if z.tree else None
   scales = rest if z.int8 else (None, None)
