@@ -30,7 +30,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.dtype = 'float32'
   # Those that cannot run here are left out; the first is the baseline.
   ours = ('blockwise',) if tiny else ('blockwise', 'llvm_cpu')
-  config.attention = ('naive', 'jax.nn', 'torch', 'reference', *ours)
+  config.attention = ('naive', 'jax.nn', 'torch', *ours)
   config.forward = (64, 128) if tiny else (512, 1024, 2048, 4096, 8192)
   config.backward = (64,) if tiny else (512, 1024, 2048)
   # Dense against a share of the tiles, without causal masking.

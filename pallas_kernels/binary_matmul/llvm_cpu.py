@@ -1,13 +1,15 @@
 """Products of signs on a CPU that counts the bits of a vector (AVX-512).
 
-                  16 rows of b, which stay in the first cache of a core
-                +-------------------------------------------------------+
-    a row of a  | counts_n += popcount(a_w .. a_w+15 xor b_nw .. b_nw+15) |
-                +-------------------------------------------------------+
+                        16 rows of b, a lane each
+               +------------------------------------------+
+    a row of a | counts += popcount(a_w xor b_0w .. b_15w) |  w = 0 .. 15,
+               +------------------------------------------+
 
-VPOPCNTD counts the bits of sixteen words at once. Sixteen vectors of counts
-stay in registers while a row of a goes by, and become one vector of sums at its
-end. The words beyond the last whole vector are read with a mask.
+then the next row of a, and then the next sixteen words. VPOPCNTD counts the
+bits of sixteen words at once, those of a lane for one row of b, so that no sum
+goes across a vector. In memory the words of a row lie side by side: a block of
+16 x 16 words is turned, stays in registers, and serves all rows of a unit of
+work, whose counts stay in the first cache of a core.
 """
 
 import jax
@@ -17,7 +19,7 @@ from pallas_kernels import llvm_cpu
 from pallas_kernels import llvm_ir as ll
 
 _WORD = 32  # signs
-_ROWS = 64  # of a, of a unit of work
+_ROWS = 128  # of a, of a unit of work
 
 
 def binary_matmul(
@@ -46,29 +48,25 @@ def binary_matmul(
 
 
 def _emit(builder, static, pointers, part) -> None:
-  """Some units: 16 rows of b and up to 64 rows of a."""
+  """Some units: 16 rows of b and up to 128 rows of a."""
   size, rows, columns, words, parts = static
   a, b, out = pointers
   lanes = ll.lanes()
   chunks = -(-rows // _ROWS)
+  most = -(-rows // chunks)
   units = -(-columns // lanes) * chunks
-  last_column = ll.number(columns - 1)
-  whole = size // (_WORD * lanes) * lanes  # words of vectors without a rest
-  rest = [max(0, min(_WORD, size - _WORD * (whole + i))) for i in range(lanes)]
-  used = ll.constant([2**bits - 1 for bits in rest], ll.vector_of(ll.i32))
-
-  def line(base, index):
-    return ll.place(builder, base, builder.mul(index, ll.number(words)), ll.i32)
+  last_block = (words - 1) // lanes * lanes
+  counts = ll.room(builder, most * lanes, ll.i32)
 
   first, last = ll.share(builder, part, parts, units)
   with ll.count(builder, first, last, 1) as unit:
     tile = builder.mul(builder.sdiv(unit, ll.number(chunks)), ll.number(lanes))
-    begin = builder.mul(builder.srem(unit, ll.number(chunks)), ll.number(_ROWS))
-    end = builder.add(begin, ll.number(_ROWS))
+    begin = builder.mul(builder.srem(unit, ll.number(chunks)), ll.number(most))
+    end = builder.add(begin, ll.number(most))
     end = ll.least(builder, end, ll.number(rows))
     # A last tile counts the last row again, and does not write what it counts.
     lines = [
-      line(b, ll.least(builder, builder.add(tile, ll.number(n)), last_column))
+      ll.least(builder, builder.add(tile, ll.number(n)), ll.number(columns - 1))
       for n in range(lanes)
     ]
     inside = builder.icmp_signed(
@@ -76,43 +74,51 @@ def _emit(builder, static, pointers, part) -> None:
       ll.ramp(builder, tile),
       ll.spread(builder, ll.constant(columns, ll.i32)),
     )
-    with ll.count(builder, begin, end, 1) as row:
-      own = line(a, row)
-      none = [ll.zeros(ll.i32) for _ in lines]
-      with ll.carry(builder, 0, whole, lanes, none) as (w, counts, keep):
-        read = lambda base: ll.load_vector(
-          builder, ll.place(builder, base, w, ll.i32), ll.i32
-        )
-        keep(_counted(builder, read, own, lines, counts))
-      if size > _WORD * whole:
-        read = lambda base: ll.load_first(
-          builder,
-          ll.place(builder, base, whole, ll.i32),
-          words - whole,
-          ll.i32,
-        )
-        counts = _counted(builder, read, own, lines, counts, used)
-      differing = ll.totals(builder, counts)
-      every = lambda value: ll.spread(builder, ll.constant(value, ll.i32))
-      twice = builder.add(differing, differing)
-      at = builder.add(builder.mul(row, ll.number(columns)), tile)
-      ll.store_where(
-        builder,
-        builder.sub(every(size), twice),
-        ll.place(builder, out, at, ll.i32),
-        inside,
+
+    def own(row):
+      index = builder.mul(builder.sub(row, begin), ll.number(lanes))
+      return ll.place(builder, counts, index, ll.i32)
+
+    def block(w, signs, write):
+      """Adds what words from `w` on differ in; `signs` of each count."""
+      at = lambda base, row: ll.place(
+        builder, base, ll.index(builder, row, words, w), ll.i32
       )
+      read = [
+        ll.load_first(builder, at(b, row), len(signs), ll.i32) for row in lines
+      ]
+      turned = ll.transposed(builder, read)
+      with ll.count(builder, begin, end, 1) as row:
+        count = ll.load_vector(builder, own(row), ll.i32)
+        write(row, _counted(builder, count, at(a, row), turned, signs))
+
+    with ll.count(builder, begin, end, 1) as row:
+      ll.store(builder, ll.zeros(ll.i32), own(row))
+    with ll.count(builder, 0, last_block, lanes) as w:
+      keep = lambda row, count: ll.store(builder, count, own(row))
+      block(w, [_WORD] * lanes, keep)
+
+    def finish(row, count):
+      every = ll.spread(builder, ll.constant(size, ll.i32))
+      product = builder.sub(every, builder.add(count, count))
+      at = ll.index(builder, row, columns, tile)
+      address = ll.place(builder, out, at, ll.i32)
+      ll.store_where(builder, product, address, inside)
+
+    signs = [min(_WORD, size - _WORD * w) for w in range(last_block, words)]
+    block(ll.number(last_block), signs, finish)
 
 
-def _counted(builder, read, own, lines, counts, used=None) -> list:
-  """Adds the bits in which a vector of words differs from that of each line.
+def _counted(builder, count, address, block, signs) -> ll.Value:
+  """Adds the bits in which spread words from an address on differ from a block.
 
-  Those alone that are `used`, a vector of masks, where it is given.
+  `signs` of each word count, the lowest bits.
   """
-  words, counted = read(own), []
-  for line, count in zip(lines, counts, strict=True):
-    differing = builder.xor(words, read(line))
-    if used is not None:
-      differing = builder.and_(differing, used)
-    counted.append(builder.add(count, ll.apply(builder, 'ctpop', differing)))
-  return counted
+  for n, used in enumerate(signs):
+    word = ll.load(builder, ll.place(builder, address, n, ll.i32), ll.i32)
+    differing = builder.xor(ll.spread(builder, word), block[n])
+    if used < _WORD:
+      mask = ll.constant(2**used - 1, ll.i32)
+      differing = builder.and_(differing, ll.spread(builder, mask))
+    count = builder.add(count, ll.apply(builder, 'ctpop', differing))
+  return count

@@ -40,7 +40,7 @@ SIZES = [
   (7, 9, 2049),  # words left whole
   (9, 6, 8200),  # several slices of them
   (2, 3, 33000),  # words too many to be summed in one go
-  (270, 530, 70),  # several tiles
+  (271, 530, 70),  # several tiles
 ]
 
 
