@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -14,6 +15,7 @@ from efficiency_jax.data import choices
 from efficiency_jax.data import documents
 from efficiency_jax.data import held_out
 from efficiency_jax.data import splits
+from efficiency_jax.decoding import sampling
 from efficiency_jax.evaluation import accuracy
 from efficiency_jax.evaluation import estimates
 from efficiency_jax.evaluation import quality
@@ -176,9 +178,9 @@ def measure_accuracy(lm: LanguageModel, config) -> dict:
     chosen = rng.permutation(len(found))[:count]
     found = [found[n] for n in np.sort(chosen)]
     if task == 'lambada':
-      share = accuracy.last_word_accuracy(lm, found, batch=config.batch)
+      share = accuracy.last_word_accuracy(lm, found, batch=config.questions)
     else:
-      both = accuracy.choice_accuracy(lm, found, batch=config.batch)
+      both = accuracy.choice_accuracy(lm, found, batch=config.questions)
       share = both.normalized
     row |= {task: share.value, f'{task}_standard_error': share.standard_error}
   return row
@@ -192,32 +194,36 @@ def measure_speed(lm: LanguageModel, config) -> dict:
   slots = config.prompt + 2 * kv_cache.BLOCK
   cache = kv_cache.init(lm.config, 1, slots, dtype)
 
-  @jax.jit
-  def read(params, tokens, cache):
-    output, cache = apply(params, tokens, cache)
-    return output.logits[:, -1].argmax(-1), cache
-
-  @jax.jit
-  def write(params, token, cache):
-    def step(_, carry):
-      token, cache = carry
-      output, cache = apply(params, token[:, None], cache)
-      return output.logits[:, 0].argmax(-1).astype(jnp.int32), cache
-
-    return jax.lax.fori_loop(0, config.steps, step, (token, cache))[0]
-
-  token, filled = read(lm.params, prompt, cache)
-  token = token.astype(jnp.int32)
-  prefill = speed.measure(
-    read, lm.params, prompt, cache, repeats=config.repeats
-  )
-  decode = speed.measure(
-    write, lm.params, token, filled, repeats=config.repeats
-  )
+  read = functools.partial(_read, apply, lm.params)
+  write = functools.partial(_write, apply, config.steps, lm.params)
+  prefill = speed.measure(read, prompt, cache, repeats=config.repeats)
+  decode = speed.measure(write, *read(prompt, cache), repeats=config.repeats)
   return {
     'prefill_tokens_per_second': config.prompt / prefill.median_seconds,
     'decode_tokens_per_second': config.steps / decode.median_seconds,
   }
+
+
+# Models stored in one form share these programs.
+
+
+@functools.partial(jax.jit, static_argnames='apply')
+def _read(apply, params, tokens, cache):
+  """The token after a text, and the filled cache."""
+  output, cache = apply(params, tokens, cache)
+  return sampling.arg_max(output.logits[:, -1]), cache
+
+
+@functools.partial(jax.jit, static_argnames=('apply', 'steps'))
+def _write(apply, steps, params, token, cache):
+  """The last one of some more tokens."""
+
+  def step(_, carry):
+    token, cache = carry
+    output, cache = apply(params, token[:, None], cache)
+    return sampling.arg_max(output.logits[:, 0]), cache
+
+  return jax.lax.fori_loop(0, steps, step, (token, cache))[0]
 
 
 def _joined(parts: Sequence[estimates.Estimate]) -> estimates.Estimate:

@@ -14,10 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from efficiency_jax.data import packing
-from efficiency_jax.distillation import losses as distances
+from efficiency_jax.decoding import sampling
 from efficiency_jax.evaluation import scoring
 from efficiency_jax.evaluation.estimates import Estimate
 from efficiency_jax.io.pretrained import LanguageModel
@@ -239,7 +238,7 @@ def kl(
 
   packed = reference.windows
   found = _in_batches(run, packed, batch, progress, reference.hidden)
-  distance, same, losses = (x.sum(1, dtype=np.float64) for x in found)
+  distance, losses, same = (x.sum(1, dtype=np.float64) for x in found)
   return Divergence(
     nats=Estimate(distance, counts),
     agreement=Estimate(same, counts),
@@ -327,18 +326,35 @@ def _divergences(
   mask: jax.Array,  # [B, T]
   segments: jax.Array,  # [B, T]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """KL(p || q), equal likeliest tokens, and -log q of the tokens: [B, T]."""
+  """KL(p || q), -log q of the tokens, and equal likeliest tokens: [B, T]."""
 
   def score(hidden_of_p, hidden, targets):
     p = head_of_p(params_of_p, hidden_of_p).astype(jnp.float32)
     q = head(params, hidden).astype(jnp.float32)
-    return (
-      jax.vmap(distances.forward_kl)(p, q),
-      (p.argmax(-1) == q.argmax(-1)).astype(jnp.float32),
-      optax.softmax_cross_entropy_with_integer_labels(q, targets),
-    )
+    same = sampling.arg_max(p) == sampling.arg_max(q)
+    return *_of_logits(p, q, targets), same.astype(jnp.float32)
 
   hidden = apply(params, tokens, segments=segments)[0].hidden
   rows = hidden_of_p[:, :-1], hidden[:, :-1], tokens[:, 1:]
   padded = lambda x: jnp.where(mask, jnp.pad(x, ((0, 0), (1, 0))), 0.0)
   return jax.tree.map(padded, scoring.over_chunks(score, *rows))
+
+
+def _of_logits(
+  x: jax.Array,  # [R, V] float32, of p
+  y: jax.Array,  # [R, V] float32, of q
+  targets: jax.Array,  # [R] int32
+) -> tuple[jax.Array, jax.Array]:
+  """KL(p || q) and -log q of the targets, [R], in one go through the logits.
+
+      KL(p || q) = sum_v p_v (x_v - y_v) - log sum_v e^x_v + log sum_v e^y_v
+
+  The losses of `distillation` write the log-probabilities down in between.
+  """
+  top_x, top_y = x.max(-1), y.max(-1)
+  weights = jnp.exp(x - top_x[:, None])
+  total_x, total_y = weights.sum(-1), jnp.exp(y - top_y[:, None]).sum(-1)
+  mean = jnp.sum(weights * (x - y), axis=-1) / total_x
+  distance = mean + (top_y - top_x) + (jnp.log(total_y) - jnp.log(total_x))
+  of_targets = jnp.take_along_axis(y, targets[:, None], axis=-1)[:, 0]
+  return distance, jnp.log(total_y) + top_y - of_targets

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from efficiency_jax import leaves
 from efficiency_jax import trees
@@ -156,8 +157,24 @@ def replace(
 def dequantize(params: Params) -> Params:
   """Parameters in plain arrays again, of the dtypes they had."""
   is_leaf = lambda node: isinstance(node, leaves.QTensor)
-  one = lambda leaf: leaves.dequantize(leaf) if is_leaf(leaf) else leaf
+  one = lambda leaf: _dequantized(leaf) if is_leaf(leaf) else leaf
   return jax.tree.map(one, params, is_leaf=is_leaf)
+
+
+def _dequantized(q: leaves.QTensor) -> jax.Array:
+  """`leaves.dequantize`, compiled for few numbers of outliers."""
+  if q.outliers is not None:
+    count = len(q.outliers.positions)
+    fill = (0, (1 << count.bit_length()) - count)
+    # A scatter leaves out what lies beyond the end.
+    beyond = math.prod(q.shape)
+    positions = np.pad(q.outliers.positions, fill, constant_values=beyond)
+    kept = leaves.Outliers(positions, np.pad(q.outliers.values, fill))
+    q = dataclasses.replace(q, outliers=kept)
+  return _compiled(q)
+
+
+_compiled = jax.jit(leaves.dequantize)
 
 
 def _check(path: str, leaf: Any) -> None:
@@ -197,7 +214,7 @@ def _stored(path: str, weight: jax.Array, method: Method, inputs):
 
 
 def _report(path, name, before, after) -> LeafReport:
-  restored = leaves.dequantize(after).astype(jnp.float32)
+  restored = _dequantized(after).astype(jnp.float32)
   if after.input_scales is not None:
     # They multiply x before W does, so that both together stand for the weight.
     scales = after.input_scales

@@ -11,10 +11,10 @@ only.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from efficiency_jax import leaves
 from efficiency_jax.quantization import absmax
@@ -47,13 +47,10 @@ class Awq:
     """Stores a matrix [K, N]."""
     gram = inputs.gram / inputs.rows
     sizes = jnp.maximum(inputs.sizes / inputs.rows, _SMALLEST)
-    best, kept = np.inf, None
-    for alpha in np.arange(self.choices) / self.choices:
-      q = _scaled(matrix, sizes**alpha, self.integers)
-      error = float(_output_error(matrix, q, gram))
-      if error < best:
-        best, kept = error, q
-    return kept
+    alphas = jnp.arange(self.choices) / self.choices
+    errors = _output_errors(matrix, sizes, alphas, gram, self.integers)
+    best = alphas[jnp.argmin(errors)]
+    return _scaled(matrix, sizes**best, self.integers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,9 +92,17 @@ def _scaled(
   return dataclasses.replace(q, input_scales=1 / c)
 
 
-@jax.jit
-def _output_error(matrix, q, gram) -> jax.Array:
-  """The mean of |x W - x W'|^2 over rows x with the given mean of x x'."""
-  restored = leaves.dequantized_matrix(q) * q.input_scales[:, None]
-  error = matrix - restored
-  return jnp.sum(error * jnp.matmul(gram, error))
+@functools.partial(jax.jit, static_argnames='integers')
+def _output_errors(matrix, sizes, alphas, gram, integers) -> jax.Array:
+  """The mean of |x W - x W'|^2 over rows x with the given mean of x x'.
+
+  Of each alpha, [alphas].
+  """
+
+  def error_of(alpha):
+    q = _scaled(matrix, sizes**alpha, integers)
+    restored = leaves.dequantized_matrix(q) * q.input_scales[:, None]
+    error = matrix - restored
+    return jnp.sum(error * jnp.matmul(gram, error))
+
+  return jax.lax.map(error_of, alphas)
