@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficiency_jax import leaves
 from efficiency_jax import trees
 from efficiency_jax.data import choices
 from efficiency_jax.data import documents
@@ -21,7 +22,6 @@ from efficiency_jax.evaluation import estimates
 from efficiency_jax.evaluation import quality
 from efficiency_jax.evaluation import speed
 from efficiency_jax.io.pretrained import LanguageModel
-from efficiency_jax.leaves import QTensor
 from efficiency_jax.models import cache as kv_cache
 from efficiency_jax.models import transformer
 from efficiency_jax.quantization import recipes
@@ -127,8 +127,8 @@ def measure_quality(
 ) -> dict:
   """Perplexity over all texts together and each, and KL from floats.
 
-  Weights that multiply floats are made floats first: the numbers are the same,
-  and all such models share a compiled program.
+  Weights that multiply floats are made floats first: the numbers are the same
+  but for the order of float operations, and all such models share a program.
   """
   found = quality.kl(known, as_floats(lm), batch=config.batch)
   nats = found.perplexity.nats
@@ -156,12 +156,7 @@ def measure_quality(
 
 def as_floats(lm: LanguageModel) -> LanguageModel:
   """The same model, if only its weights are quantized, in plain arrays."""
-  leaves = jax.tree.leaves(
-    lm.params, is_leaf=lambda node: isinstance(node, QTensor)
-  )
-  kinds = [leaf for leaf in leaves if isinstance(leaf, QTensor)]
-  rounds_inputs = any(q.activation or q.input_scales is not None for q in kinds)
-  if rounds_inputs or not kinds:
+  if leaves.rounds_activations(lm.params):
     return lm
   return dataclasses.replace(lm, params=rules.dequantize(lm.params))
 

@@ -87,17 +87,23 @@ def _factor(gram: np.ndarray, damping: float):
   dead = np.diag(h) == 0
   h[dead, dead] = 1
   h[np.diag_indices_from(h)] += damping * np.mean(np.diag(h))
-  inverse = scipy.linalg.inv(h)
-  return scipy.linalg.cholesky((inverse + inverse.T) / 2), dead
+  # H = R R' with R upper triangular, of the Cholesky factor of H turned around;
+  # U is the inverse of R, which takes a third of the work of that of H.
+  lower = scipy.linalg.cholesky(h[::-1, ::-1], lower=True)
+  upper, _ = scipy.linalg.lapack.dtrtri(lower[::-1, ::-1])
+  return upper, dead
 
 
 def _scales(group: np.ndarray, how: absmax.Integers):
   """Scales [N] of rows, and offsets [N] or None."""
   rows = jnp.asarray(group, jnp.float32)
   # Only the scales are used, whose values need not fill bytes.
-  scales, offsets, _ = absmax.quantized(rows[None], how)
+  scales, offsets, _ = _quantized(rows[None], how)
   as_array = lambda x: None if x is None else np.asarray(x[0], np.float64)
   return as_array(scales), as_array(offsets)
+
+
+_quantized = jax.jit(absmax.quantized, static_argnames='how')
 
 
 def _rounded(row, scales, offsets, how: absmax.Integers) -> np.ndarray:

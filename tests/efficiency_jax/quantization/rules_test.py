@@ -1,5 +1,6 @@
 """Rules choose leaves in order, and the report adds up."""
 
+import dataclasses
 import math
 
 import chex
@@ -10,6 +11,7 @@ import pytest
 
 from efficiency_jax import leaves
 from efficiency_jax import trees
+from efficiency_jax.linear import linear
 from efficiency_jax.models import transformer
 from efficiency_jax.quantization import rules
 from efficiency_jax.quantization.absmax import Integers
@@ -108,6 +110,27 @@ def test_a_quantized_model_is_a_model(activation):
   if activation is None:
     plain, _ = apply(jax.jit(rules.dequantize)(quantized), tokens)
     np.testing.assert_allclose(after.logits, plain.logits, atol=1e-4)
+
+
+def _scaled(matrix):
+  """Integers whose input features are multiplied first, as AWQ's are."""
+  scales = jnp.linspace(0.5, 2.0, len(matrix))
+  q = Integers()(matrix / scales[:, None])
+  return dataclasses.replace(q, input_scales=scales)
+
+
+@pytest.mark.parametrize('traced', [False, True])
+@pytest.mark.parametrize('method', [_scaled, Gobo(threshold=-2.5)])
+def test_dequantized_parameters_make_the_same_products(method, traced):
+  x = jax.random.normal(jax.random.key(0), (3, 48))
+  leaf = method(jax.random.normal(jax.random.key(1), (48, 20)))
+  assert leaf.outliers is None or len(leaf.outliers.values) > 2
+  table = dataclasses.replace(leaf, transposed=True)
+  dequantize = jax.jit(rules.dequantize) if traced else rules.dequantize
+  plain = dequantize({'kernel': leaf, 'table': table})
+  products = x @ plain['kernel'], x @ plain['table'].T
+  for got in products:
+    np.testing.assert_allclose(got, linear(x, leaf), rtol=0, atol=1e-5)
 
 
 def test_calibrated_methods_are_given_what_a_weight_multiplies():
