@@ -4,7 +4,7 @@
       --config=configs/benchmark_kernels_cpu.py --workdir=runs/benchmark_kernels
 
 float32 at the shape of SmolLM2 (9 query heads, 3 key heads, width 64), causal
-but for the block-sparse cases. Two CPU cores and 8 GB of memory, under 8
+but for the block-sparse cases. Two CPU cores and 8 GB of memory, some 6
 minutes on a machine that does nothing else. With torch installed (make
 test-peers, then .venv-peers/bin/python) its attention is a row too. `:tiny`
 after the file's name runs every part in seconds.

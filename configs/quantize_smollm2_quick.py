@@ -3,7 +3,7 @@
     python -m experiments.quantize --config=configs/quantize_smollm2_quick.py \
       --workdir=runs/quantize_quick
 
-Two CPU cores and 4 GB of memory; some 14 minutes.
+Two CPU cores and 4 GB of memory; some 12 minutes.
 """
 
 import ml_collections

@@ -130,7 +130,8 @@ def measure_quality(
   Weights that multiply floats are made floats first: the numbers are the same
   but for the order of float operations, and all such models share a program.
   """
-  found = quality.kl(known, as_floats(lm), batch=config.batch)
+  plain = lm if lm is known.lm else as_floats(lm)
+  found = quality.kl(known, plain, batch=config.batch)
   nats = found.perplexity.nats
   loss = estimates.compare(nats, known.perplexity.nats)
   row = {

@@ -35,8 +35,8 @@ def test_rows_table_and_figure(tmp_path):
   peers = importlib.util.find_spec('torch') is not None
   per_operation = collections.Counter(row['operation'] for row in rows)
   assert per_operation == {
-    'attention forward': 2 * (4 + peers),
-    'attention forward and backward': 4 + peers,
+    'attention forward': 2 * (3 + peers),
+    'attention forward and backward': 3 + peers,
     'attention forward, not causal': 2,
     'decode attention, 1 queries, batch 1': 3,
     'product of few rows': 6,
