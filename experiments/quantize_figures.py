@@ -28,6 +28,8 @@ def perplexity_by_bytes(
     height = lost(row['perplexity_ratio'])
     low = height - lost(row['perplexity_ratio_low'])
     high = lost(row['perplexity_ratio_high']) - height
+    # Nothing is written across the axis.
+    rise = 5 if height == least else -3
     integers = 'A8' in row['method'] or row['method'] in _INTEGERS
     axes.errorbar(
       row['megabytes'],
@@ -43,7 +45,7 @@ def perplexity_by_bytes(
       (row['megabytes'], height),
       textcoords='offset points',
       # Neighbours are labelled on either side.
-      xytext=(-7, -3) if number % 2 else (7, -3),
+      xytext=(-7 if number % 2 else 7, rise),
       ha='right' if number % 2 else 'left',
       fontsize=7,
     )
