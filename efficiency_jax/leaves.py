@@ -102,7 +102,7 @@ class QTensor:
     codebook: [2^bits] float32 or None.
     outliers: Entries that replace what the formula gives, or None.
     input_scales: [K] float32 or None: x is multiplied with them first (AWQ,
-      SmoothQuant). They are not part of W.
+      SmoothQuant). They are not part of W, but of what `dequantize` returns.
     x_scale: [] float32 or None: the scale of x where it was calibrated.
     bits: Of a value, 1 to 8, or 16.
     dtype: What `dequantize` returns and a model computes in.
@@ -251,8 +251,15 @@ def check(q: QTensor) -> QTensor:
 
 
 def dequantize(leaf: QTensor) -> jax.Array:
-  """The weight that a leaf stands for, in its own orientation and dtype."""
-  matrix = dequantized_matrix(leaf).astype(leaf.dtype)
+  """The weight that a leaf stands for, in its own orientation and dtype.
+
+  It makes the leaf's products but for the rounding of activations:
+  `input_scales` are multiplied into it.
+  """
+  matrix = dequantized_matrix(leaf)
+  if leaf.input_scales is not None:
+    matrix *= leaf.input_scales[:, None]
+  matrix = matrix.astype(leaf.dtype)
   return matrix.T if leaf.transposed else matrix
 
 

@@ -345,7 +345,7 @@ def _of_logits(
   y: jax.Array,  # [R, V] float32, of q
   targets: jax.Array,  # [R] int32
 ) -> tuple[jax.Array, jax.Array]:
-  """KL(p || q) and -log q of the targets, [R], in one go through the logits.
+  """KL(p || q) and -log q of the targets, [R], right from the logits x and y.
 
       KL(p || q) = sum_v p_v (x_v - y_v) - log sum_v e^x_v + log sum_v e^y_v
 

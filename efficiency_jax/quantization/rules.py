@@ -155,21 +155,14 @@ def replace(
 
 
 def dequantize(params: Params) -> Params:
-  """Parameters in plain arrays again, of the dtypes they had.
-
-  Products are the same up to the order of their float operations: factors of
-  input features (`QTensor.input_scales`) are multiplied into the weight.
-  Activations are not rounded any more.
-  """
+  """Parameters in plain arrays again, by `leaves.dequantize`."""
   is_leaf = lambda node: isinstance(node, leaves.QTensor)
-  one = lambda leaf: (
-    _restored(leaf).astype(leaf.dtype) if is_leaf(leaf) else leaf
-  )
+  one = lambda leaf: _dequantized(leaf) if is_leaf(leaf) else leaf
   return jax.tree.map(one, params, is_leaf=is_leaf)
 
 
-def _restored(q: leaves.QTensor) -> jax.Array:
-  """What x multiplies, float32; compiled for few numbers of outliers."""
+def _dequantized(q: leaves.QTensor) -> jax.Array:
+  """`leaves.dequantize`, compiled for few numbers of outliers."""
   if q.outliers is not None and not isinstance(q.values, jax.core.Tracer):
     count = len(q.outliers.positions)
     fill = (0, (1 << count.bit_length()) - count)
@@ -181,14 +174,7 @@ def _restored(q: leaves.QTensor) -> jax.Array:
   return _compiled(q)
 
 
-@jax.jit
-def _compiled(q: leaves.QTensor) -> jax.Array:
-  restored = leaves.dequantize(q).astype(jnp.float32)
-  if q.input_scales is not None:
-    # They multiply x before W does, so that both together stand for the weight.
-    scales = q.input_scales
-    restored *= scales if q.transposed else scales[:, None]
-  return restored
+_compiled = jax.jit(leaves.dequantize)
 
 
 def _check(path: str, leaf: Any) -> None:
@@ -228,7 +214,8 @@ def _stored(path: str, weight: jax.Array, method: Method, inputs):
 
 
 def _report(path, name, before, after) -> LeafReport:
-  numbers = _errors(before.astype(jnp.float32), _restored(after))
+  restored = _dequantized(after).astype(jnp.float32)
+  numbers = _errors(before.astype(jnp.float32), restored)
   mean_error, max_error, signal, noise = map(float, numbers)
   outliers = after.outliers
   return LeafReport(

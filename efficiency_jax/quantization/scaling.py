@@ -101,8 +101,7 @@ def _output_errors(matrix, sizes, alphas, gram, integers) -> jax.Array:
 
   def error_of(alpha):
     q = _scaled(matrix, sizes**alpha, integers)
-    restored = leaves.dequantized_matrix(q) * q.input_scales[:, None]
-    error = matrix - restored
+    error = matrix - leaves.dequantize(q)
     return jnp.sum(error * jnp.matmul(gram, error))
 
   return jax.lax.map(error_of, alphas)

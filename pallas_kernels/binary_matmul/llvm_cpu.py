@@ -80,7 +80,7 @@ def _emit(builder, static, pointers, part) -> None:
       return ll.place(builder, counts, index, ll.i32)
 
     def block(w, signs, write):
-      """Adds what words from `w` on differ in; `signs` of each count."""
+      """Counts words from `w` on, the lowest bits of each, by `signs`."""
       at = lambda base, row: ll.place(
         builder, base, ll.index(builder, row, words, w), ll.i32
       )
@@ -112,7 +112,7 @@ def _emit(builder, static, pointers, part) -> None:
 def _counted(builder, count, address, block, signs) -> ll.Value:
   """Adds the bits in which spread words from an address on differ from a block.
 
-  `signs` of each word count, the lowest bits.
+  `signs` says of each word how many of its lowest bits are signs.
   """
   for n, used in enumerate(signs):
     word = ll.load(builder, ll.place(builder, address, n, ll.i32), ll.i32)

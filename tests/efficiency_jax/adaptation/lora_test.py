@@ -1,5 +1,7 @@
 """An adapted model is first the model itself, then the merged one."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,11 +165,19 @@ def test_what_cannot_be_adapted_is_refused():
     lora.adapt(_adapted(config)[0], ['qkv'], 2, 1.0, key=jax.random.key(0))
 
 
-def test_a_kernel_in_four_bits_can_be_adapted():
+def _with_factors_of_inputs(weight):
+  """Four bits whose input features are multiplied first, as AWQ's are."""
+  factors = jnp.linspace(0.5, 2.0, len(weight))
+  leaf = Codes()(weight / factors[:, None])
+  return dataclasses.replace(leaf, input_scales=factors)
+
+
+@pytest.mark.parametrize('method', [Codes(), _with_factors_of_inputs])
+def test_a_kernel_in_four_bits_can_be_adapted(method):
   """No gradient reaches it, and what is trained is merged with what it says."""
   rng = np.random.default_rng(0)
   weight = jnp.asarray(rng.standard_normal((64, 16)), jnp.float32)
-  frozen = {'kernel': jax.jit(Codes().__call__)(weight)}
+  frozen = {'kernel': jax.jit(method.__call__)(weight)}
   adapted, _ = lora.adapt(frozen, ['kernel'], 2, 4.0, key=jax.random.key(1))
   x = jnp.asarray(rng.standard_normal((3, 64)), jnp.float32)
   np.testing.assert_array_equal(
