@@ -177,7 +177,7 @@ def test_a_kernel_in_four_bits_can_be_adapted(method):
   """No gradient reaches it, and what is trained is merged with what it says."""
   rng = np.random.default_rng(0)
   weight = jnp.asarray(rng.standard_normal((64, 16)), jnp.float32)
-  frozen = {'kernel': jax.jit(method.__call__)(weight)}
+  frozen = {'kernel': jax.jit(lambda w: method(w))(weight)}
   adapted, _ = lora.adapt(frozen, ['kernel'], 2, 4.0, key=jax.random.key(1))
   x = jnp.asarray(rng.standard_normal((3, 64)), jnp.float32)
   np.testing.assert_array_equal(
