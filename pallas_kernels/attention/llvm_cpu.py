@@ -50,15 +50,17 @@ def forward(
   Raises:
     NotImplementedError: As `check` does.
   """
-  check(rule, q, k, v, limits)
+  check(rule, q, k, v)
   batch, q_size, heads, _ = q.shape
-  sizes = tiles.sizes(rule, q, v)
+  sizes = tiles.sizes(rule, limits, q, v)
   bounds = tiles.bounds(rule, limits, sizes, batch)
+  # A hidden key has the score -inf, whatever its product is.
+  v = tiles.without_hidden(rule, limits, q_size, v)
   shape = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   out, largest, total = llvm_cpu.call(
     _emit,
     sizes,
-    (q, k, v, *bounds),
+    (q, k, v, *(x for x in bounds if x is not None)),
     (
       shape(batch, q_size, heads, v.shape[3]),
       shape(batch, heads, q_size),
@@ -73,13 +75,13 @@ def forward(
 attention = blockwise.differentiable(forward, llvm_cpu_backward.backward)
 
 
-def check(rule: masks.Rule, q, k, v, limits: masks.Limits) -> None:
+def check(rule: masks.Rule, q, k, v) -> None:
   """Finds out whether the kernel takes arrays, by their shapes and dtypes.
 
   Raises:
-    NotImplementedError: For numbers that are not float32, segments, lists of
-      tiles, soft-capped scores, widths that do not fill vectors, and where
-      nothing can be compiled.
+    NotImplementedError: For numbers that are not float32, lists of tiles,
+      soft-capped scores, widths that do not fill vectors, and where nothing can
+      be compiled.
   """
   if reason := llvm_cpu.missing():
     raise NotImplementedError(reason)
@@ -89,8 +91,6 @@ def check(rule: masks.Rule, q, k, v, limits: masks.Limits) -> None:
     )
   if rule.softcap is not None or rule.tiles is not None:
     raise NotImplementedError('scores are not soft-capped, nor tiles listed')
-  if limits.q_segments is not None:
-    raise NotImplementedError('segments are not told apart')
   widths = q.shape[3], v.shape[3]
   if 0 in (*q.shape, *v.shape) or any(
     n % ll.lanes() or n > _WIDEST for n in widths
@@ -117,7 +117,7 @@ def _count(z: tiles.Sizes) -> int:
 
 def _emit(builder, z: tiles.Sizes, pointers, part) -> None:
   """Some queries of one head of one row."""
-  q, k, v, low, high, out, largest, total = pointers
+  q, k, v, *limits, out, largest, total = pointers
   count = ll.number(_count(z))
   mine = tiles.head_of(builder, z, builder.sdiv(part, count))
   begin = builder.mul(builder.srem(part, count), ll.number(QUERIES))
@@ -137,9 +137,9 @@ def _emit(builder, z: tiles.Sizes, pointers, part) -> None:
   k = tiles.keys(builder, z, mine, k, z.width)
   v = tiles.keys(builder, z, mine, v, z.v_width)
   out = tiles.queries(builder, z, mine, out, z.v_width)
-  span_of = tiles.spans(builder, z, mine, low, high)
+  limits = tiles.limits_of(builder, z, mine, limits)
   _begin(builder, z, q, state, (begin, end))
-  least, most = tiles.seen_by(builder, z, (begin, end), span_of)
+  least, most = tiles.seen_by(builder, z, limits, (begin, end))
   least = builder.sub(least, builder.srem(least, ll.number(tiles.KEYS)))
   with ll.count(builder, least, most, tiles.KEYS) as tile:
     span = tile, builder.add(tile, ll.number(tiles.KEYS))
@@ -147,13 +147,18 @@ def _emit(builder, z: tiles.Sizes, pointers, part) -> None:
     with ll.count(builder, begin, end, tiles.ROWS) as some:
       # What fills up the last six is not written down.
       last = builder.sub(end, ll.number(1))
-      six = (builder.add(some, ll.number(n)) for n in range(tiles.ROWS))
-      spans = [span_of(ll.least(builder, i, last)) for i in six]
-      seen = tiles.common(builder, tiles.joined(builder, spans), span)
+      six = [builder.add(some, ll.number(n)) for n in range(tiles.ROWS)]
+      six = [ll.least(builder, i, last) for i in six]
+      spans = [tiles.span_of(builder, limits, i) for i in six]
+      few = some, builder.add(six[-1], ll.number(1))
+      seen = tiles.within_tile(
+        builder, z, limits, few, tiles.joined(builder, spans), span
+      )
       own = _of(builder, z, state, builder.sub(some, begin))
       with builder.if_then(builder.icmp_signed('<', *seen)):
         scores = tiles.product(builder, own.q, z.width, turned)
-        scores = tiles.masked(builder, scores, spans, span, -math.inf)
+        each = list(zip(six, spans, strict=True))
+        scores = tiles.masked(builder, z, limits, scores, each, span, -math.inf)
         shrinks = _weigh(builder, scores, own, weights, numbers)
         _add_values(builder, z, v, seen, tile, own, weights, shrinks)
   with ll.count(builder, begin, end, 1) as i:

@@ -58,7 +58,7 @@ def backward(rule, q, k, v, limits, out, lse, d_out, d_lse):
   The order of sums depends on the number of cores. Memory beside the results
   is that of 1 to 8 gradients of keys and values for each head of queries.
   """
-  z, batch = tiles.sizes(rule, q, v), q.shape[0]
+  z, batch = tiles.sizes(rule, limits, q, v), q.shape[0]
   # A query that sees nothing has weights of 2^-inf.
   lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse / math.log(2))
   blocks = -(-z.q_size // _QUERIES)
@@ -70,10 +70,14 @@ def backward(rule, q, k, v, limits, out, lse, d_out, d_lse):
   of_keys = shares, batch, z.heads, z.kv_size
   static = _Static(z, batch, shares, size)
   bounds = tiles.bounds(rule, limits, z, batch)
+  k, v = (tiles.without_hidden(rule, limits, z.q_size, x) for x in (k, v))
   _, dq, dk, dv = llvm_cpu.call(
     _emit,
     static,
-    (q, k, v, *bounds, out, lse, d_out, d_lse),
+    (
+      *(q, k, v, *(x for x in bounds if x is not None)),
+      *(out, lse, d_out, d_lse),
+    ),
     (
       shape(*lse.shape),
       shape(*q.shape),
@@ -125,7 +129,7 @@ class _Where(NamedTuple):
 def _emit(builder, static: _Static, pointers, part) -> None:
   """Some queries of one head of one row."""
   z = static.z
-  q, k, v, low, high, out, lse, d_out, d_lse, delta, dq, dk, dv = pointers
+  q, k, v, *limits, out, lse, d_out, d_lse, delta, dq, dk, dv = pointers
   mine = tiles.head_of(builder, z, builder.srem(part, ll.number(static.lines)))
   # Of a causal mask the last ones see most keys; they come first, so that no
   # thread ends late.
@@ -155,27 +159,28 @@ def _emit(builder, static: _Static, pointers, part) -> None:
     *(ll.room(builder, tiles.KEYS * n) for n in (z.width, z.v_width) * 2),
   )
   scale = ll.constant(z.scale * math.log(2))
-  span_of = tiles.spans(builder, z, mine, low, high)
+  limits = tiles.limits_of(builder, z, mine, limits)
   with ll.count(builder, begin, end, 1) as i:
     _begin(builder, z, where, i)
-  seen = tiles.seen_by(builder, z, (begin, end), span_of)
+  queries = begin, end
+  seen = tiles.seen_by(builder, z, limits, queries)
   line = ll.index(builder, share, static.lines, mine.line)
   line = builder.mul(line, ll.number(z.kv_size))
   with ll.count(builder, 0, z.kv_size, tiles.KEYS) as tile:
     span = tile, builder.add(tile, ll.number(tiles.KEYS))
     _copy(builder, None, room.dk, tiles.KEYS * z.width)
     _copy(builder, None, room.dv, tiles.KEYS * z.v_width)
-    used = tiles.common(builder, seen, span)
+    used = tiles.within_tile(builder, z, limits, queries, seen, span)
     with builder.if_then(builder.icmp_signed('<', *used)):
       tiles.turn(builder, z, where.k, z.width, tile, room.k)
       tiles.turn(builder, z, where.v, z.v_width, tile, room.v)
       with ll.count(builder, begin, end, _QUERIES) as some:
         after = ll.least(builder, builder.add(some, ll.number(_QUERIES)), end)
         block = some, after
-        used = tiles.seen_by(builder, z, block, span_of)
-        used = tiles.common(builder, used, span)
+        used = tiles.seen_by(builder, z, limits, block)
+        used = tiles.within_tile(builder, z, limits, block, used, span)
         with builder.if_then(builder.icmp_signed('<', *used)):
-          _tile(builder, z, where, room, block, span, used, span_of)
+          _tile(builder, z, where, room, block, span, used, limits)
     rows = builder.sub(ll.number(z.kv_size), tile)
     rows = ll.least(builder, rows, ll.number(tiles.KEYS))
     first = builder.add(line, tile)
@@ -208,7 +213,7 @@ def _begin(builder, z, where: _Where, i) -> None:
   ll.store(builder, delta, ll.place(builder, where.delta, i))
 
 
-def _tile(builder, z, where, room, block, tile, seen, span_of) -> None:
+def _tile(builder, z, where, room, block, tile, seen, limits) -> None:
   """Adds what 24 queries and a tile of keys give to all three gradients."""
   some, after = block
   with ll.count(builder, 0, _QUERIES, 1) as n:
@@ -223,7 +228,7 @@ def _tile(builder, z, where, room, block, tile, seen, span_of) -> None:
         line = _line(builder, base, i, z.heads * width)
         _copy(builder, line, to, width)
   with ll.count(builder, 0, _QUERIES, tiles.ROWS) as six:
-    _weigh(builder, z, where, room, (some, after, six), tile, span_of)
+    _weigh(builder, z, where, room, (some, after, six), tile, limits)
   with ll.count(builder, 0, _QUERIES, tiles.ROWS) as six:
     _score(builder, z, where, room, (some, after, six))
   with ll.count(builder, 0, _QUERIES, tiles.ROWS) as six:
@@ -250,27 +255,27 @@ def _tile(builder, z, where, room, block, tile, seen, span_of) -> None:
   _add(builder, room.weights, room.d_out, room.dv, z.v_width)
 
 
-def _weigh(builder, z, where, room, block, tile, span_of) -> None:
+def _weigh(builder, z, where, room, block, tile, limits) -> None:
   """Writes the weights of six queries of a block."""
   some, after, six = block
   rows = tiles.product(
     builder, _line(builder, room.q, six, z.width), z.width, room.k
   )
   scale = ll.spread(builder, ll.constant(z.scale))
-  spans = []
+  seen = []
   for n, i in enumerate(_six(builder, some, six)):
     inside = builder.icmp_signed('<', i, after)
     i = ll.least(builder, i, builder.sub(after, ll.number(1)))
-    low, high = span_of(i)
+    low, high = tiles.span_of(builder, limits, i)
     # What fills up the block sees nothing.
-    spans.append((low, builder.select(inside, high, ll.number(0))))
+    seen.append((i, (low, builder.select(inside, high, ll.number(0)))))
     lse = ll.spread(builder, ll.load(builder, ll.place(builder, where.lse, i)))
     lse = builder.fneg(lse)
     rows[n] = [
       ll.exp2(builder, ll.apply(builder, 'fma', value, scale, lse))
       for value in rows[n]
     ]
-  rows = tiles.masked(builder, rows, spans, tile, 0.0)
+  rows = tiles.masked(builder, z, limits, rows, seen, tile, 0.0)
   _write(builder, rows, _line(builder, room.weights, six, tiles.KEYS))
 
 

@@ -9,9 +9,13 @@
 A product of six rows and a tile of keys that was turned: for each of its D
 lines, six numbers times as many vectors as stay in registers with their sums,
 which are all four of AVX-512.
+
+What a query sees is a span of keys and, where there are segments, those of its
+own in it. A tile whose segments all lie before or after those of some queries
+is skipped, so that packed texts cost what each of them costs alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import math
 from typing import Any, NamedTuple
 
@@ -35,6 +39,18 @@ class Sizes(NamedTuple):
   width: int
   v_width: int
   scale: float  # of scores in units of log 2
+  segments: bool  # whether there are any
+
+
+class Limits(NamedTuple):
+  """Where it stands what the queries of a row see, as addresses."""
+
+  low: Any  # [Sq], the first key of a query
+  high: Any  # [Sq], the one after the last
+  of_queries: Any = None  # [Sq], segments, as those that follow
+  of_keys: Any = None  # [tiles, KEYS]
+  least: Any = None  # [tiles]
+  most: Any = None  # [tiles]
 
 
 class Head(NamedTuple):
@@ -66,33 +82,94 @@ def keys(builder, z: Sizes, mine: Head, base, width: int):
   return ll.place(builder, base, builder.mul(index, ll.number(width)))
 
 
-def sizes(rule: masks.Rule, q: jax.Array, v: jax.Array) -> Sizes:
+def sizes(
+  rule: masks.Rule, limits: masks.Limits, q: jax.Array, v: jax.Array
+) -> Sizes:
   """Of q [B, Sq, H, D] and v [B, Sk, K, Dv]."""
   scale = rule.scale / math.log(2)
   (_, q_size, heads, width), (_, kv_size, kv_heads, v_width) = q.shape, v.shape
-  return Sizes(q_size, kv_size, heads, kv_heads, width, v_width, scale)
+  segments = limits.q_segments is not None
+  return Sizes(
+    q_size, kv_size, heads, kv_heads, width, v_width, scale, segments
+  )
 
 
 def bounds(
   rule: masks.Rule, limits: masks.Limits, z: Sizes, batch: int
-) -> list[jax.Array]:
-  """The first key that each query sees, and the one after the last, [B, Sq]."""
+) -> Limits:
+  """What each query sees, in arrays [B, ...] of int32."""
   each = jnp.arange(z.q_size, dtype=jnp.int32)
   row = lambda x: x.astype(jnp.int32)[:, None]
   found = masks.keys_of(
     rule, row(limits.offset), row(limits.kv_length), each, each, z.kv_size
   )
-  return [jnp.broadcast_to(x, (batch, z.q_size)) for x in found]
+  span = [jnp.broadcast_to(x, (batch, z.q_size)) for x in found]
+  if not z.segments:
+    return Limits(*span)
+  of_queries, of_keys = (x.astype(jnp.int32) for x in limits[2:4])
+  # The last tile is filled up with its last key.
+  padding = (0, 0), (0, -z.kv_size % KEYS)
+  of_keys = jnp.pad(of_keys, padding, mode='edge').reshape(batch, -1, KEYS)
+  return Limits(*span, of_queries, of_keys, of_keys.min(-1), of_keys.max(-1))
 
 
-def spans(builder, z: Sizes, mine: Head, low, high) -> Callable[[Any], tuple]:
-  """Emits what is read of the bounds: the span of keys that query i sees."""
+def without_hidden(
+  rule: masks.Rule, limits: masks.Limits, q_size: int, x: jax.Array
+) -> jax.Array:
+  """Keys or values [B, Sk, K, D], zero where no query sees them.
 
-  def span_of(i):
-    index = ll.index(builder, mine.row, z.q_size, i)
-    return tuple(ll.load_index(builder, base, index) for base in (low, high))
+  Between the keys of a segment may stand others, which are read with a weight
+  of zero; 0 times NaN is NaN.
+  """
+  if limits.q_segments is None:
+    return x
+  queries, size = jnp.arange(q_size), x.shape[1]
+  # Some keys at a time: a mask of all would grow with the square.
+  seen_of = lambda keys: masks.visible(rule, limits, queries, keys).any(1)
+  keys = jnp.arange(size + -size % KEYS).reshape(-1, KEYS)
+  seen = jax.lax.map(seen_of, jnp.minimum(keys, size - 1))
+  seen = seen.swapaxes(0, 1).reshape(len(x), -1)[:, :size]
+  return jnp.where(seen[:, :, None, None], x, 0)
 
-  return span_of
+
+def limits_of(builder, z: Sizes, mine: Head, addresses: Sequence) -> Limits:
+  """Those of the row of a head."""
+  tiles = -(-z.kv_size // KEYS)
+  widths = z.q_size, z.q_size, z.q_size, tiles * KEYS, tiles, tiles
+  return Limits(
+    *(
+      ll.place(builder, base, builder.mul(mine.row, ll.number(width)), ll.i32)
+      for base, width in zip(addresses, widths, strict=False)
+    )
+  )
+
+
+def span_of(builder, limits: Limits, i) -> tuple:
+  """The span of keys that query i sees."""
+  return tuple(ll.load_index(builder, base, i) for base in limits[:2])
+
+
+def within_tile(builder, z: Sizes, limits: Limits, queries, seen, tile):
+  """What of a span of keys lies in a tile, if some queries may see it there.
+
+  It is empty, and ends before it begins, where their segments all are before or
+  after those of the tile.
+  """
+  begin, end = common(builder, seen, tile)
+  if not z.segments:
+    return begin, end
+  last = builder.sub(queries[1], ll.number(1))
+  first = ll.load_index(builder, limits.of_queries, queries[0])
+  with ll.carry(builder, *queries, 1, (first, first)) as (i, found, keep):
+    one = ll.load_index(builder, limits.of_queries, ll.least(builder, i, last))
+    keep((ll.least(builder, found[0], one), ll.most(builder, found[1], one)))
+  number = builder.sdiv(tile[0], ll.number(KEYS))
+  least, most = (ll.load_index(builder, base, number) for base in limits[4:6])
+  meet = builder.and_(
+    builder.icmp_signed('<=', found[0], most),
+    builder.icmp_signed('>=', found[1], least),
+  )
+  return begin, builder.select(meet, end, ll.number(0))
 
 
 def joined(builder, spans: Sequence[tuple]) -> tuple:
@@ -103,11 +180,11 @@ def joined(builder, spans: Sequence[tuple]) -> tuple:
   return low, high
 
 
-def seen_by(builder, z: Sizes, span, span_of) -> tuple:
+def seen_by(builder, z: Sizes, limits: Limits, span) -> tuple:
   """The keys from the first to the last that any query of a span sees."""
   nowhere = ll.number(z.kv_size), ll.number(0)
   with ll.carry(builder, *span, 1, nowhere) as (i, seen, keep):
-    keep(joined(builder, [seen, span_of(i)]))
+    keep(joined(builder, [seen, span_of(builder, limits, i)]))
   return tuple(seen)
 
 
@@ -156,30 +233,54 @@ def product(builder, x, width: int, turned) -> list[list]:
 
 
 def masked(
-  builder, rows: list[list], spans, tile: tuple, instead: float
+  builder,
+  z: Sizes,
+  limits: Limits,
+  rows: list[list],
+  seen: Sequence[tuple],
+  tile: tuple,
+  instead: float,
 ) -> list[list]:
-  """What is in its query's span of keys, and a number instead of the rest."""
+  """What six queries see of a tile, and a number instead of the rest.
+
+  Args:
+    builder: Of the instructions.
+    z: Sizes.
+    limits: Of the row.
+    rows: Vectors of each query.
+    seen: For each its place in the row, and the span of keys that it sees.
+    tile: The keys.
+    instead: The number.
+  """
   begin, end = tile
-  whole = ll.constant(1, ll.i1)
-  for low, high in spans:
+  whole = ll.constant(int(not z.segments), ll.i1)
+  for _, (low, high) in seen:
     whole = builder.and_(whole, builder.icmp_signed('<=', low, begin))
     whole = builder.and_(whole, builder.icmp_signed('>=', high, end))
   hidden = ll.spread(builder, ll.constant(instead))
-  edge = lambda x: ll.spread(builder, builder.trunc(x, ll.i32))
+  wide = lambda x: ll.spread(builder, builder.trunc(x, ll.i32))
   places = [
     ll.ramp(builder, builder.add(begin, ll.number(n)))
     for n in range(0, KEYS, ll.lanes())
   ]
 
   def select():
-    for row, (low, high) in zip(rows, spans, strict=True):
-      low, high = edge(low), edge(high)
-      for value, place in zip(row, places, strict=True):
-        seen = builder.and_(
+    for row, (i, (low, high)) in zip(rows, seen, strict=True):
+      low, high = wide(low), wide(high)
+      if z.segments:
+        own = wide(ll.load_index(builder, limits.of_queries, i))
+      for n, (value, place) in enumerate(zip(row, places, strict=True)):
+        inside = builder.and_(
           builder.icmp_signed('>=', place, low),
           builder.icmp_signed('<', place, high),
         )
-        yield builder.select(seen, value, hidden)
+        if z.segments:
+          key = builder.add(begin, ll.number(n * ll.lanes()))
+          others = ll.place(builder, limits.of_keys, key, ll.i32)
+          others = ll.load_vector(builder, others, ll.i32)
+          same = builder.icmp_signed('==', others, own)
+          inside = builder.and_(inside, same)
+        yield builder.select(inside, value, hidden)
 
   flat = [value for row in rows for value in row]
   flat = ll.either(builder, whole, flat, select)

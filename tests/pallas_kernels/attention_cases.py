@@ -20,12 +20,16 @@ def make(
   heads=(2, 2),
   widths=(8, 8),
   segments=None,
+  packed=False,
   tiles=None,
   tile=TILE,
   dtype=jnp.float32,
   **options,
 ):
-  """Random inputs, and the options of `api.attention`."""
+  """Random inputs, and the options of `api.attention`.
+
+  Segments lie anyhow, or `packed` one behind the other.
+  """
   rng = np.random.default_rng(seed)
   (n, m), (h, kh), (d, dv) = sizes, heads, widths
   q, k, v = (
@@ -36,8 +40,9 @@ def make(
     if isinstance(options.get(name), tuple):
       options[name] = np.asarray(options[name], np.int32)
   if segments:
-    options['q_segments'] = np.int32(rng.integers(0, segments, (2, n)))
-    options['kv_segments'] = np.int32(rng.integers(0, segments, (2, m)))
+    for name, size in (('q_segments', n), ('kv_segments', m)):
+      drawn = np.int32(rng.integers(0, segments, (2, size)))
+      options[name] = np.sort(drawn, axis=1) if packed else drawn
   if tiles is not None:
     options['tiles'] = masks.Tiles(tile, tiles)
   return (q, k, v), options

@@ -32,6 +32,13 @@ CASES = {
   'more queries': {'sizes': (193, 21), 'causal': True},
   'wide heads': {'sizes': (12, 66), 'widths': (80, 144), 'scale': 0.3},
   'widest heads': {'sizes': (7, 70), 'widths': (512, 512)},
+  'segments': {'sizes': (70, 190), 'segments': 3},
+  'packed': {
+    'sizes': (200, 200),
+    'segments': 9,
+    'packed': True,
+    'causal': True,
+  },
   'negative scale': {'sizes': (30, 70), 'widths': (16, 16), 'scale': -0.3},
 }
 _run = functools.partial(api.attention, implementation='llvm_cpu')
@@ -80,14 +87,20 @@ def test_scores_far_below_zero_leave_gradients_finite():
     assert cases.error(mine, right) < 3e-4
 
 
-@pytest.mark.parametrize('parts', [4, 128])
-def test_memory_of_gradients_grows_with_the_length(monkeypatch, parts):
+@pytest.mark.parametrize(('parts', 'packed'), [(4, True), (128, False)])
+def test_memory_of_gradients_grows_with_the_length(monkeypatch, parts, packed):
   monkeypatch.setattr(cpu, 'parts', lambda: parts)
   sizes = []
   for length in (2048, 4096):
     x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
-    loss = lambda *a: _run(*a, causal=True)[0].sum()
-    program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+    of = jax.ShapeDtypeStruct((1, length), jnp.int32) if packed else None
+
+    def loss(q, k, v, of):
+      out, _ = _run(q, k, v, causal=True, q_segments=of, kv_segments=of)
+      return out.sum()
+
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
+    program = gradients.lower(x, x, x, of).compile()
     sizes.append(program.memory_analysis().temp_size_in_bytes)
   assert sizes[1] < 2.2 * sizes[0]
 
@@ -110,6 +123,8 @@ def test_gradients_are_the_same_in_every_call():
   offset=st.integers(-10, 50),
   window=st.one_of(st.none(), st.integers(1, 80)),
   kv_length=st.tuples(st.integers(0, 140), st.integers(0, 140)),
+  segments=st.sampled_from([None, 2, 5]),
+  packed=st.booleans(),
   seed=st.integers(0, 99),
 )
 def test_any_mask_and_any_size(kv_length, **drawn):
@@ -125,8 +140,9 @@ def test_any_mask_and_any_size(kv_length, **drawn):
     assert cases.error(got, right) < bound
 
 
+@pytest.mark.parametrize('segments', [None, 4])
 @pytest.mark.parametrize('bad', [np.nan, np.inf, 3e38])
-def test_what_hidden_keys_hold_does_not_matter(bad):
+def test_what_hidden_keys_hold_does_not_matter(bad, segments):
   (q, k, v), options = cases.make(
     *(0, (110, 130)),
     widths=(16, 16),
@@ -134,8 +150,8 @@ def test_what_hidden_keys_hold_does_not_matter(bad):
     causal=True,
     offset=-2,
     window=9,
+    segments=segments,
   )
-
   clean = _both((q, k, v), options)
   hidden = ~cases.mask(110, 130, options).any(1)
   k, v = (np.where(hidden[..., None, None], np.float32(bad), x) for x in (k, v))
@@ -161,7 +177,6 @@ def test_a_query_that_sees_nothing_is_zero():
     ({'widths': (20, 16)}, 'no multiples of'),
     ({'dtype': jnp.bfloat16}, 'not float32'),
     ({'softcap': 2.0}, 'not soft-capped'),
-    ({'segments': 2}, 'segments are not told apart'),
     ({'tiles': ((0,), (1,), (2,))}, 'nor tiles listed'),
   ],
 )
