@@ -68,7 +68,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     {'lambada': 100, 'hellaswag': 100, 'arc-easy': 100, 'piqa': 100}
   )
   config.calibration = ml_collections.ConfigDict(
-    {'text': 'brown', 'tokens': 16_384, 'batch': 4}
+    {'text': 'brown', 'tokens': 16_384, 'batch': 1}
   )
   config.prompt = 512
   config.steps = 32

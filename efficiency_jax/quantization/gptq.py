@@ -23,7 +23,7 @@ from efficiency_jax.quantization import absmax
 from efficiency_jax.quantization.calibration import Inputs
 
 # Rows between two updates of all that follow.
-_BLOCK = 128
+_BLOCK = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
