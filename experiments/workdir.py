@@ -23,6 +23,8 @@ from jax.experimental import multihost_utils
 import ml_collections
 import numpy as np
 
+from efficiency_jax.evaluation import speed
+
 if TYPE_CHECKING:  # slow to import, and many runs draw nothing
   from matplotlib import figure as figures
 
@@ -181,7 +183,7 @@ class Workdir:
 
 
 def environment() -> dict[str, Any]:
-  """Where and with what a result was made."""
+  """Where and with what a result was made, and the most memory it took."""
   return {
     'python': platform.python_version(),
     'jax': jax.__version__,
@@ -189,6 +191,7 @@ def environment() -> dict[str, Any]:
     'backend': jax.default_backend(),
     'device': _device(),
     'cores': _cores(),
+    'peak_megabytes': round(speed.peak_bytes() / 1e6, 1),
     'git': _git(),
     'date': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
   }

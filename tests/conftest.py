@@ -15,13 +15,17 @@ if platform == 'cpu':
   # Eight virtual devices, so that sharding is tested on any machine.
   jax.config.update('jax_num_cpu_devices', 8)
 # Most of the suite's time is that of compiling programs that run once, so XLA
-# is asked to optimize little, here and in programs that a test starts.
-# EFFICIENCY_JAX_TEST_OPTIMIZED=1 asks for the programs that users get.
+# is asked to optimize little, here and in programs that a test starts. What
+# turns fusions into loops by way of MLIR takes as long as LLVM then, and can be
+# left out. EFFICIENCY_JAX_TEST_OPTIMIZED=1 asks for the programs that users get.
 optimized = os.environ.get('EFFICIENCY_JAX_TEST_OPTIMIZED')
 little = platform == 'cpu' and not optimized
 if little:
   os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
   jax.config.update('jax_disable_most_optimizations', True)
+  if jax.__version_info__ < (0, 12):  # a flag that XLA does not know ends it
+    flags = os.environ.get('XLA_FLAGS', '')
+    os.environ['XLA_FLAGS'] = f'{flags} --xla_cpu_use_fusion_emitters=false'
 
 # The same few examples every time, however slow the first, compiling one is;
 # more of them in `make test-slow`.

@@ -38,11 +38,14 @@ def test_results_hold_what_was_run_and_where(tmp_path):
     'backend',
     'device',
     'cores',
+    'peak_megabytes',
     'git',
     'date',
   ]
   assert results['environment']['backend'] == 'cpu'
   assert results['environment']['cores'] >= 1
+  # No process is so small that it imports jax in less.
+  assert results['environment']['peak_megabytes'] > 50
 
 
 def test_results_are_strict_json(tmp_path):
