@@ -15,9 +15,9 @@ if platform == 'cpu':
   # Eight virtual devices, so that sharding is tested on any machine.
   jax.config.update('jax_num_cpu_devices', 8)
 # Most of the suite's time is that of compiling programs that run once, so XLA
-# is asked to optimize little, here and in programs that a test starts. What
-# turns fusions into loops by way of MLIR takes as long as LLVM then, and can be
-# left out. EFFICIENCY_JAX_TEST_OPTIMIZED=1 asks for the programs that users get.
+# is asked to optimize little, here and in programs that a test starts. Turning
+# fusions into loops by way of MLIR takes as long as LLVM then, and can be left
+# out. EFFICIENCY_JAX_TEST_OPTIMIZED=1 asks for the programs that users get.
 optimized = os.environ.get('EFFICIENCY_JAX_TEST_OPTIMIZED')
 little = platform == 'cpu' and not optimized
 if little:
