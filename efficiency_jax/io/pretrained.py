@@ -8,7 +8,6 @@ import pathlib
 import re
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -201,7 +200,6 @@ def _model(
   params: Mapping[str, Any],
   tokenizer: tokenizers_io.Tokenizer,
 ) -> LanguageModel:
-  params = jax.tree.map(jnp.asarray, params)
   return LanguageModel(
     name=name, config=config, params=params, tokenizer=tokenizer
   )

@@ -7,7 +7,6 @@ import os
 import pathlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
@@ -132,7 +131,7 @@ def _load_directory(path: pathlib.Path, name: str, dtype: Any) -> TextEncoder:
   return TextEncoder(
     name=name,
     config=config,
-    params=jax.tree.map(jnp.asarray, params),
+    params=params,
     tokenizer=tokenizer,
     max_length=max_length,
   )

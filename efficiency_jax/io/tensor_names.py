@@ -10,6 +10,8 @@ import dataclasses
 import os
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from efficiency_jax.io import errors
@@ -99,7 +101,7 @@ def read_params(
   ignored: Callable[[str], bool],
   dtype: Any = np.float32,
 ) -> dict[str, Any]:
-  """Builds the parameter tree.
+  """Builds the parameter tree, of arrays on the default device.
 
   Args:
     slots: What the configuration asks for.
@@ -129,6 +131,8 @@ def read_params(
       value = np.ascontiguousarray(value.T)
     if slot.offset:
       value = value - np.asarray(slot.offset, value.dtype)
+    # Right away, and NumPy's array is free: there are never two copies of all.
+    value = jax.block_until_ready(jax.tree.map(jnp.asarray, value))
     _insert(params, slot.path, value)
   unexpected = sorted(n for n in names if n not in used and not ignored(n))
   if unexpected:
