@@ -18,6 +18,7 @@ _SIZE = len(medusa_models.VOCABULARY)
 _logits = jax.jit(medusa.logits, static_argnums=(0, 3))
 
 
+@pytest.mark.short
 @pytest.mark.parametrize(
   ('own', 'rank', 'blocks'), [(False, 0, 1), (False, 3, 2), (True, 0, 1)]
 )
@@ -37,12 +38,15 @@ def test_new_heads_guess_what_the_target_guesses(own, rank, blocks, every):
   got = np.asarray(_logits(form, heads, output.hidden, head, params))
   chex.assert_shape(got, (2, 4, 3, size))
   again = jax.jit(head)(params, output.hidden)
-  np.testing.assert_array_equal(again, output.logits)
+  # Of programs that users get, a soft-cap is one in all of them.
+  little = every and jax.config.jax_disable_most_optimizations
+  exact = {'rtol': 0, 'atol': 1e-6 if little else 0}
+  np.testing.assert_allclose(again, output.logits, **exact)
   for k in range(3):
     np.testing.assert_allclose(got[:, :, k], output.logits, atol=1e-5)
     if own:
       # Exact where the products have one shape; three heads have another.
-      np.testing.assert_array_equal(got[:, :, k], output.logits)
+      np.testing.assert_allclose(got[:, :, k], output.logits, **exact)
 
 
 @pytest.mark.parametrize('own', [False, True])
