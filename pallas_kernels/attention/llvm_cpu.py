@@ -55,7 +55,7 @@ def forward(
   sizes = tiles.sizes(rule, limits, q, v)
   bounds = tiles.bounds(rule, limits, sizes, batch)
   # A hidden key has the score -inf, whatever its product is.
-  v = tiles.without_hidden(rule, limits, q_size, v)
+  (v,) = tiles.without_hidden(rule, limits, q_size, v)
   shape = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   out, largest, total = llvm_cpu.call(
     _emit,

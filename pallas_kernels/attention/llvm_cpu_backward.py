@@ -70,7 +70,7 @@ def backward(rule, q, k, v, limits, out, lse, d_out, d_lse):
   of_keys = shares, batch, z.heads, z.kv_size
   static = _Static(z, batch, shares, size)
   bounds = tiles.bounds(rule, limits, z, batch)
-  k, v = (tiles.without_hidden(rule, limits, z.q_size, x) for x in (k, v))
+  k, v = tiles.without_hidden(rule, limits, z.q_size, k, v)
   _, dq, dk, dv = llvm_cpu.call(
     _emit,
     static,

@@ -114,22 +114,41 @@ def bounds(
 
 
 def without_hidden(
-  rule: masks.Rule, limits: masks.Limits, q_size: int, x: jax.Array
-) -> jax.Array:
-  """Keys or values [B, Sk, K, D], zero where no query sees them.
+  rule: masks.Rule, limits: masks.Limits, q_size: int, *arrays: jax.Array
+) -> list[jax.Array]:
+  """Keys and values [B, Sk, K, D], zero where no query sees them.
 
   Between the keys of a segment may stand others, which are read with a weight
   of zero; 0 times NaN is NaN.
   """
   if limits.q_segments is None:
-    return x
-  queries, size = jnp.arange(q_size), x.shape[1]
-  # Some keys at a time: a mask of all would grow with the square.
-  seen_of = lambda keys: masks.visible(rule, limits, queries, keys).any(1)
-  keys = jnp.arange(size + -size % KEYS).reshape(-1, KEYS)
-  seen = jax.lax.map(seen_of, jnp.minimum(keys, size - 1))
-  seen = seen.swapaxes(0, 1).reshape(len(x), -1)[:, :size]
-  return jnp.where(seen[:, :, None, None], x, 0)
+    return list(arrays)
+  keys = jnp.arange(arrays[0].shape[1])
+  seen = _seen_keys(rule, limits, q_size, keys)
+  return [jnp.where(seen[:, :, None, None], x, 0) for x in arrays]
+
+
+def _seen_keys(rule, limits: masks.Limits, q_size: int, keys) -> jax.Array:
+  """Which keys any query sees, [B, Sk]; those beyond the length do not count.
+
+  Mostly the query at a key's own position sees it, and nothing is looked for.
+  """
+  own = keys - limits.offset[:, None]
+  segments = jnp.take_along_axis(
+    limits.q_segments, jnp.clip(own, 0, q_size - 1), axis=1
+  )
+  by_own = (own >= 0) & (own < q_size) & (segments == limits.kv_segments)
+  by_own |= keys >= limits.kv_length[:, None]
+
+  def look():
+    queries, size = jnp.arange(q_size), len(keys)
+    # Some keys at a time: a mask of all would grow with the square.
+    some = jnp.arange(size + -size % KEYS).reshape(-1, KEYS)
+    seen = lambda keys: masks.visible(rule, limits, queries, keys).any(1)
+    found = jax.lax.map(seen, jnp.minimum(some, size - 1))
+    return found.swapaxes(0, 1).reshape(len(by_own), -1)[:, :size]
+
+  return jax.lax.cond(by_own.all(), lambda: by_own, look)
 
 
 def limits_of(builder, z: Sizes, mine: Head, addresses: Sequence) -> Limits:

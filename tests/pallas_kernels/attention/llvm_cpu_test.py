@@ -159,6 +159,30 @@ def test_what_hidden_keys_hold_does_not_matter(bad, segments):
     np.testing.assert_array_equal(got, right)
 
 
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_what_stands_behind_packed_texts_does_not_matter(bad):
+  """Each key is seen by the query at its place, or lies beyond the length."""
+  (q, k, v), options = cases.make(
+    *(0, (130, 130)),
+    widths=(16, 16),
+    kv_length=(100, 130),
+    causal=True,
+    segments=5,
+    packed=True,
+  )
+  options['kv_segments'] = options['q_segments']
+  clean = _both((q, k, v), options)
+  exact = cases.exact((q, k, v), options, *map(np.ones_like, clean[:2]))
+  # Queries of texts that are all hidden see nothing.
+  for got, right in zip(clean[:2], exact[:2], strict=True):
+    assert cases.error(got, right) < 3e-6
+  hidden = ~cases.mask(130, 130, options).any(1)
+  assert hidden.sum() == 30
+  k, v = (np.where(hidden[..., None, None], np.float32(bad), x) for x in (k, v))
+  for got, right in zip(_both((q, k, v), options), clean, strict=True):
+    np.testing.assert_array_equal(got, right)
+
+
 def test_a_query_that_sees_nothing_is_zero():
   arrays, options = cases.make(
     *(0, (20, 41)), widths=(16, 16), kv_length=(0, 41), causal=True, offset=-3
