@@ -23,7 +23,7 @@ little = platform == 'cpu' and not optimized
 if little:
   os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
   jax.config.update('jax_disable_most_optimizations', True)
-  if jax.__version_info__ < (0, 12):  # a flag that XLA does not know ends it
+  if jax.__version_info__ < (0, 11):  # XLA ends where it does not know a flag
     flags = os.environ.get('XLA_FLAGS', '')
     os.environ['XLA_FLAGS'] = f'{flags} --xla_cpu_use_fusion_emitters=false'
 
