@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
 
 
 class Limits(NamedTuple):
-  """Where it stands what the queries of a row see, as addresses."""
+  """What queries see: arrays [B, ...], or in a kernel a row's addresses."""
 
   low: Any  # [Sq], the first key of a query
   high: Any  # [Sq], the one after the last
