@@ -4,8 +4,8 @@
     .venv-aot/bin/python -m experiments.compile_topology \\
       --config=configs/compile_topology.py --workdir=runs/compile_topology
 
-Needs libtpu and 8 GB of memory; a case compiles in three to seven minutes on one
-CPU core, about an hour for all. `:tiny` after the file's name compiles two
+Needs libtpu and 8 GB of memory; a case compiles in three to seven minutes on
+one CPU core, about an hour for all. `:tiny` after the file's name compiles two
 small cases in seconds.
 
 Fields:
