@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.dequant_matmul import formats
+from pallas_kernels.panel_matmul.reference import from_panels
 
 
 @jax.tree_util.register_dataclass
@@ -194,6 +195,39 @@ class FakeTensor:
     )
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PanelTensor:
+  """A matrix W [K, N] in panels of 32 columns, one after another in memory.
+
+  Its numbers are what they were; `panels.for_cpu` makes them, and
+  `pallas_kernels.panel_matmul` says what for.
+
+  Attributes:
+    panels: [N / 32, K, 32].
+    transposed: Whether W' is what stood there, a table [V, D].
+  """
+
+  panels: jax.Array
+  transposed: bool = dataclasses.field(default=False, metadata={'static': True})
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    return self.panels.dtype
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """Of what stood there."""
+    count, inner, width = self.panels.shape
+    shape = inner, count * width
+    return shape[::-1] if self.transposed else shape
+
+  def whole(self) -> jax.Array:
+    """What stood there."""
+    matrix = from_panels(self.panels)
+    return matrix.T if self.transposed else matrix
+
+
 def rounds_activations(params: Any) -> bool:
   """Whether some product of these parameters rounds what it multiplies."""
   is_leaf = lambda node: isinstance(node, QTensor)
@@ -201,7 +235,7 @@ def rounds_activations(params: Any) -> bool:
   return any(is_leaf(leaf) and leaf.activation is not None for leaf in found)
 
 
-Leaf: TypeAlias = jax.Array | LoraTensor | QTensor | FakeTensor
+Leaf: TypeAlias = jax.Array | LoraTensor | QTensor | FakeTensor | PanelTensor
 """A weight as `linear` takes it."""
 
 

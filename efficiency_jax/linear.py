@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from efficiency_jax import leaves
 from efficiency_jax.leaves import FakeTensor
 from efficiency_jax.leaves import LoraTensor
+from efficiency_jax.leaves import PanelTensor
 from efficiency_jax.leaves import QTensor
 from pallas_kernels.dequant_matmul import formats
 from pallas_kernels.dequant_matmul.api import dequant_matmul
@@ -21,6 +22,9 @@ from pallas_kernels.int8_matmul.api import llm_int8_matmul
 from pallas_kernels.narrow_matmul import reference
 from pallas_kernels.narrow_matmul.api import narrow_matmul
 from pallas_kernels.narrow_matmul.llvm_cpu import MOST_ROWS
+from pallas_kernels.panel_matmul.api import panel_matmul
+from pallas_kernels.panel_matmul.reference import WIDTH
+from pallas_kernels.panel_matmul.reference import to_panels
 
 
 def linear(
@@ -41,7 +45,7 @@ def logits_from_table(
   table: leaves.Leaf,  # [V, D]
 ) -> jax.Array:
   """Scores every row of an embedding table: `x @ table.T`, [..., V] float32."""
-  if isinstance(table, QTensor | FakeTensor):
+  if isinstance(table, QTensor | FakeTensor | PanelTensor):
     return _opened(x, table)
   return _dot(x, table, contract=1)
 
@@ -52,6 +56,9 @@ def embed(tokens: jax.Array, table: leaves.Leaf) -> jax.Array:
     return leaves.columns(table, tokens)
   if isinstance(table, FakeTensor):
     table = _fake_weight(table, table.quantized()).astype(table.dtype).T
+  if isinstance(table, PanelTensor):
+    tokens = jnp.clip(tokens, 0, table.shape[0] - 1)
+    return table.panels[tokens // WIDTH, :, tokens % WIDTH]
   return jnp.take(table, tokens, axis=0, mode='clip')
 
 
@@ -62,7 +69,10 @@ def rows_of_table(
   """Some rows of a table, as a table [R, D] of the same kind."""
   if isinstance(table, QTensor) and table.outliers is None:
     return leaves.selected(table, index)
-  return embed(index, table)
+  rows = embed(index, table)
+  if isinstance(table, PanelTensor) and len(rows) % WIDTH == 0:
+    return PanelTensor(panels=to_panels(rows.T), transposed=True)
+  return rows
 
 
 def _opened(x: jax.Array, kernel: leaves.Leaf) -> jax.Array:
@@ -75,6 +85,9 @@ def _opened(x: jax.Array, kernel: leaves.Leaf) -> jax.Array:
     return _quantized(x, kernel)
   if isinstance(kernel, FakeTensor):
     return _as_if_quantized(x, kernel)
+  if isinstance(kernel, PanelTensor):
+    y = panel_matmul(x.reshape(-1, x.shape[-1]), kernel.panels)
+    return y.reshape(*x.shape[:-1], -1)
   return _dot(x, kernel, contract=0)
 
 

@@ -38,7 +38,7 @@ def experiment(
   config: ml_collections.ConfigDict, workdir: workdirs.Workdir
 ) -> None:
   """Answers batch by batch, then counts."""
-  lm = inputs.load_model(config)
+  lm = inputs.for_decoding(inputs.load_model(config))
   cases = questions.batches(lm, config)
   records = []
   for name, split, temperature, prompts in display.track(cases, 'answering'):

@@ -30,7 +30,7 @@ def experiment(
 ) -> None:
   """Measures memory, rounds, our decoders and peers, in this order."""
   check(config)
-  lm = inputs.load_model(config)
+  lm = inputs.for_decoding(inputs.load_model(config))
   prompts = load_prompts(lm, config)
   engines = load_engines(lm, config)
   rows = [workdir.row('memory', cases.measure_memory)]

@@ -17,6 +17,7 @@ import rich.console
 from efficiency_jax.conversation import Chat
 from efficiency_jax.decoding import sampling
 from efficiency_jax.io import pretrained
+from experiments import inputs
 from experiments import launch
 from experiments import terminal
 from experiments import workdir as workdirs
@@ -88,7 +89,8 @@ def main(argv: Sequence[str]) -> None:
     console = rich.console.Console()
     status = rich.console.Console(stderr=True)
     with status.status(f'loading {values.model}'):
-      chat = Chat(pretrained.load(values.model), **options)
+      lm = inputs.for_decoding(pretrained.load(values.model))
+      chat = Chat(lm, **options)
     with status.status('compiling: up to a minute, seconds the next time'):
       chat.compile()
     terminal.talk(chat, console, values.show_tokens)

@@ -34,7 +34,7 @@ def experiment(
   """Measures all cases of `config`, then writes table, figure and traces."""
   settings = dict(config.sampling)
   sampling.make(1, **settings)  # a mistake here should not wait for the model
-  lm = inputs.load_model(config)
+  lm = inputs.for_decoding(inputs.load_model(config))
   methods = ways.build(lm, config)
   texts = {
     name: inputs.load_prompts(lm, config, name) for name in config.prompts

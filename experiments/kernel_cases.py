@@ -25,6 +25,8 @@ from pallas_kernels.dequant_matmul import api as dequant_matmul
 from pallas_kernels.dequant_matmul import formats
 from pallas_kernels.int8_matmul import api as int8_matmul
 from pallas_kernels.narrow_matmul import api as narrow_matmul
+from pallas_kernels.panel_matmul import api as panel_matmul
+from pallas_kernels.panel_matmul.reference import to_panels
 
 TILE = (256, 256)  # of block-sparse attention
 # What the fields of a config may name.
@@ -215,6 +217,11 @@ def _few_rows_products():
   as_int4 = lambda x, w: (x, *quantize_int4(w)[:2])
   return {
     'float32': (narrow_matmul.narrow_matmul, lambda x, w: (x, w), 32),
+    'float32 in panels': (
+      panel_matmul.panel_matmul,
+      lambda x, w: (x, to_panels(w)),
+      32,
+    ),
     'int8, int8 rows': (int8, _int8_weights, 8),
     'int4, int8 rows': (int8, as_int4, int4_bits),
     **{

@@ -1,7 +1,7 @@
 """The plan of the house, kept by reading the imports of every file.
 
 Imports point one way, so that a room can be read without the rooms above it:
-pallas_kernels <- types, trees, leaves, linear <- models <- techniques <-
+pallas_kernels <- types, trees, leaves, linear, panels <- models <- techniques <-
 training, evaluation, footprint <- experiments.
 """
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.short
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = ('pallas_kernels', 'efficiency_jax', 'experiments', 'configs')
 
-GROUND = {'pallas_kernels', 'types', 'trees', 'leaves', 'linear'}
+GROUND = {'pallas_kernels', 'types', 'trees', 'leaves', 'linear', 'panels'}
 TECHNIQUES = {
   'adaptation',
   'binarization',
@@ -46,6 +46,7 @@ MAY_IMPORT = {
   'trees': {'types'},
   'leaves': {'pallas_kernels'},
   'linear': {'pallas_kernels', 'leaves'},
+  'panels': {'pallas_kernels', 'types', 'leaves'},
   'models': GROUND,
   'distributed': GROUND | {'models'},
   'io': GROUND | {'models'},

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from efficiency_jax import trees
 from efficiency_jax.leaves import LoraTensor
+from efficiency_jax.leaves import PanelTensor
 from efficiency_jax.leaves import QTensor
 from efficiency_jax.leaves import dequantize
 from efficiency_jax.types import Params
@@ -136,6 +137,8 @@ def merge(params: Params) -> Params:
     base = leaf.base
     if isinstance(base, QTensor):
       base = dequantize(base)
+    elif isinstance(base, PanelTensor):
+      base = base.whole()
     total = base.astype(jnp.float32) + leaf.scale * product
     return total.astype(leaf.base.dtype)
 

@@ -39,7 +39,7 @@ def test_rows_table_and_figure(tmp_path):
     'attention forward and backward': 3 + peers,
     'attention forward, not causal': 2,
     'decode attention, 1 queries, batch 1': 3,
-    'product of few rows': 6,
+    'product of few rows': 7,
     'int8 product': 2,
     'product with quantized weights': 4,
     'binary product': 2,

@@ -1,0 +1,1 @@
+"""Products of a few rows and a matrix: see `api`."""
