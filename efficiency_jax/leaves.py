@@ -222,11 +222,6 @@ class PanelTensor:
     shape = inner, count * width
     return shape[::-1] if self.transposed else shape
 
-  def whole(self) -> jax.Array:
-    """What stood there."""
-    matrix = from_panels(self.panels)
-    return matrix.T if self.transposed else matrix
-
 
 def rounds_activations(params: Any) -> bool:
   """Whether some product of these parameters rounds what it multiplies."""
@@ -284,12 +279,15 @@ def check(q: QTensor) -> QTensor:
   return q
 
 
-def dequantize(leaf: QTensor) -> jax.Array:
+def dequantize(leaf: QTensor | PanelTensor) -> jax.Array:
   """The weight that a leaf stands for, in its own orientation and dtype.
 
   It makes the leaf's products but for the rounding of activations:
   `input_scales` are multiplied into it.
   """
+  if isinstance(leaf, PanelTensor):
+    matrix = from_panels(leaf.panels)
+    return matrix.T if leaf.transposed else matrix
   matrix = dequantized_matrix(leaf)
   if leaf.input_scales is not None:
     matrix *= leaf.input_scales[:, None]

@@ -3,7 +3,8 @@
     lm = pretrained.load('smollm2-135m')
     lm = dataclasses.replace(lm, params=panels.for_cpu(lm.params))
 
-The numbers are the same; techniques that change weights come before.
+The numbers are the same, and `quantization.rules.dequantize` gives the arrays
+back. Techniques that change weights come before.
 """
 
 import jax
@@ -26,16 +27,6 @@ def for_cpu(params: Params) -> Params:
   if llvm_cpu.missing():
     return params
   return jax.tree_util.tree_map_with_path(_in_panels, params)
-
-
-def whole(params: Params) -> Params:
-  """The parameters without panels: the inverse of `for_cpu`."""
-  is_leaf = lambda node: isinstance(node, PanelTensor)
-  return jax.tree.map(
-    lambda node: node.whole() if is_leaf(node) else node,
-    params,
-    is_leaf=is_leaf,
-  )
 
 
 def _in_panels(path, leaf: jax.Array) -> jax.Array | PanelTensor:

@@ -328,9 +328,12 @@ def store(builder, value: Value, address: Value) -> None:
   builder.store(value, address, align=1)
 
 
-def prefetch(builder, address: Value) -> None:
-  """Asks for the line of a cache at an address, which may be any."""
-  to_read, to_stay, data = 0, 3, 1
+def prefetch(builder, address: Value, *, soon: bool = True) -> None:
+  """Asks for the line of a cache at an address, which may be any.
+
+  What is not needed soon comes no nearer than to the second cache.
+  """
+  to_read, to_stay, data = 0, 3 if soon else 2, 1
   how = (constant(i, i32) for i in (to_read, to_stay, data))
   _call(builder, 'prefetch.p0', ir.VoidType(), (address, *how))
 

@@ -1,8 +1,8 @@
 """The plan of the house, kept by reading the imports of every file.
 
 Imports point one way, so that a room can be read without the rooms above it:
-pallas_kernels <- types, trees, leaves, linear, panels <- models <- techniques <-
-training, evaluation, footprint <- experiments.
+pallas_kernels <- types, trees, leaves, linear, panels <- models <-
+techniques <- training, evaluation, footprint <- experiments.
 """
 
 import ast

@@ -135,10 +135,8 @@ def merge(params: Params) -> Params:
   def one(leaf: LoraTensor) -> jax.Array:
     product = jnp.matmul(leaf.a, leaf.b, precision='highest')
     base = leaf.base
-    if isinstance(base, QTensor):
+    if isinstance(base, QTensor | PanelTensor):
       base = dequantize(base)
-    elif isinstance(base, PanelTensor):
-      base = base.whole()
     total = base.astype(jnp.float32) + leaf.scale * product
     return total.astype(leaf.base.dtype)
 

@@ -156,14 +156,15 @@ def replace(
 
 def dequantize(params: Params) -> Params:
   """Parameters in plain arrays again, by `leaves.dequantize`."""
-  is_leaf = lambda node: isinstance(node, leaves.QTensor)
+  is_leaf = lambda node: isinstance(node, leaves.QTensor | leaves.PanelTensor)
   one = lambda leaf: _dequantized(leaf) if is_leaf(leaf) else leaf
   return jax.tree.map(one, params, is_leaf=is_leaf)
 
 
-def _dequantized(q: leaves.QTensor) -> jax.Array:
+def _dequantized(q: leaves.QTensor | leaves.PanelTensor) -> jax.Array:
   """`leaves.dequantize`, compiled for few numbers of outliers."""
-  if q.outliers is not None and not isinstance(q.values, jax.core.Tracer):
+  outliers = getattr(q, 'outliers', None)
+  if outliers is not None and not isinstance(q.values, jax.core.Tracer):
     count = len(q.outliers.positions)
     fill = (0, (1 << count.bit_length()) - count)
     # A scatter leaves out what lies beyond the end.

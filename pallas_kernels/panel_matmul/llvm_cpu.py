@@ -10,12 +10,14 @@ in registers while the panel is read along k, one line of it at a time:
       x x x - k -+-------+---     sums [rows of a group, 32]
       x x x - k -+-------+---
 
-All groups of rows use a panel while a cache holds it, and the lines to come are
-asked for, since a processor foresees no further than to the end of a page of
-memory. A part of the work is a
-range of panels, and of groups where there are so many that a cache would not
-hold their rows. The order of a sum does not depend on how many rows there are,
-nor do its bits.
+All groups of rows use a panel while the second cache holds it. Lines to come
+are asked for, since a processor foresees no further than to the end of a page
+of memory; and each group asks for its share of the next panel, or memory would
+rest while all but the first read this one again.
+
+A part of the work is a range of panels, and of groups where there are so many
+that a cache would not hold their rows. The order of a sum does not depend on
+how many rows there are, nor do its bits.
 """
 
 import jax
@@ -27,6 +29,7 @@ from pallas_kernels.panel_matmul import reference
 
 _ROWS_BYTES = 512 * 1024  # of the rows of a part: a cache holds them
 _AHEAD = 32  # lines that are asked for before they are read
+_LINE_BYTES = 4 * reference.WIDTH
 
 
 def panel_matmul(x: jax.Array, panels: jax.Array) -> jax.Array:
@@ -72,7 +75,7 @@ def _emit(builder, static, pointers, part) -> None:
   size, more = divmod(rows, groups)
   middle = ll.most(builder, begin, ll.least(builder, end, ll.number(more)))
   with ll.count(builder, first, last, 1) as panel:
-    lines = ll.index(builder, panel, inner * reference.WIDTH, ll.number(0))
+    lines = builder.mul(panel, ll.number(inner * reference.WIDTH))
     lines = ll.place(builder, w, lines)
     for low, high, count in ((begin, middle, size + 1), (middle, end, size)):
       with ll.count(builder, low, high, 1) as group:
@@ -87,11 +90,13 @@ def _emit(builder, static, pointers, part) -> None:
           ll.place(builder, x, builder.mul(row, ll.number(inner))),
           lines,
           ll.place(builder, out, corner),
+          (group, groups),
         )
 
 
-def _tile(builder, static, x, lines, out) -> None:
-  """The product of a group of rows and a panel."""
+def _tile(builder, static, x, lines, out, which) -> None:
+  """The product of a group of rows, one of several, and a panel."""
+  group, groups = which
   rows, inner, columns = static
   vectors = range(0, reference.WIDTH, ll.lanes())
   sums = [(m, n) for m in range(rows) for n in vectors]
@@ -102,6 +107,13 @@ def _tile(builder, static, x, lines, out) -> None:
     weights = {n: ll.load_vector(builder, at) for n, at in places.items()}
     for at in places.values():
       ll.prefetch(builder, ll.place(builder, at, _AHEAD * reference.WIDTH))
+    if groups > 1:
+      following = ll.place(builder, lines, inner * reference.WIDTH)
+      step = ll.number(max(1, _LINE_BYTES // groups))
+      step = builder.mul(ll.index(builder, group, inner, k), step)
+      ll.prefetch(
+        builder, ll.place(builder, following, step, ll.i8), soon=False
+      )
     values = [
       ll.spread(builder, ll.load(builder, _at(builder, x, m * inner, k)))
       for m in range(rows)

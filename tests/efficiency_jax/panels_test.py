@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from efficiency_jax import generation
+from efficiency_jax import leaves
 from efficiency_jax import linear
 from efficiency_jax import panels
 from efficiency_jax.adaptation import lora
@@ -18,6 +19,7 @@ from efficiency_jax.models import cache as kv_cache
 from efficiency_jax.models import transformer
 from efficiency_jax.models.config import DecoderConfig
 from efficiency_jax.quantization import recipes
+from efficiency_jax.quantization import rules
 from pallas_kernels import llvm_cpu
 
 pytestmark = pytest.mark.skipif(
@@ -57,7 +59,7 @@ def test_every_matrix_lies_in_panels_and_none_is_changed(tied):
   matrices = [x for x in jax.tree.leaves(lm.params) if x.ndim == 2]
   assert [x.shape for x in _typed(made)] == [x.shape for x in matrices]
   assert all(x.dtype == jnp.float32 for x in _typed(made))
-  jax.tree.map(np.testing.assert_array_equal, panels.whole(made), lm.params)
+  jax.tree.map(np.testing.assert_array_equal, rules.dequantize(made), lm.params)
 
 
 def test_what_does_not_fit_stays():
@@ -107,7 +109,7 @@ def test_rows_of_a_table_are_those_of_the_table():
   index = jnp.arange(287, 0, -3)[:64]
   some = linear.rows_of_table(typed, index)
   assert isinstance(some, PanelTensor)
-  np.testing.assert_array_equal(some.whole(), table[index])
+  np.testing.assert_array_equal(leaves.dequantize(some), table[index])
   few = linear.rows_of_table(typed, index[:5])
   np.testing.assert_array_equal(few, table[index[:5]])
 
@@ -129,7 +131,7 @@ def test_gradients_reach_the_weights():
   tokens = jnp.arange(40)[None]
   loss = lambda params: jnp.square(apply(params, tokens)[0].logits).sum()
   expected = jax.grad(loss)(lm.params)
-  found = panels.whole(jax.grad(loss)(panels.for_cpu(lm.params)))
+  found = rules.dequantize(jax.grad(loss)(panels.for_cpu(lm.params)))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4),
     found,
