@@ -26,6 +26,7 @@ from efficiency_jax.models import cache as kv_cache
 from efficiency_jax.models import transformer
 from efficiency_jax.quantization import recipes
 from efficiency_jax.quantization import rules
+from experiments import inputs
 
 BASELINE = 'float32'
 
@@ -74,7 +75,7 @@ def calibration_text(lm: LanguageModel, config) -> list[np.ndarray]:
 
 def reference(lm: LanguageModel, config) -> quality.Reference:
   """What the model in floats says about all texts, one after another."""
-  names = texts(config)
+  names, lm = texts(config), inputs.for_decoding(lm)
   parts = [
     quality.reference(
       lm,
@@ -157,10 +158,11 @@ def measure_quality(
 
 
 def as_floats(lm: LanguageModel) -> LanguageModel:
-  """The same model, if only its weights are quantized, in plain arrays."""
+  """The same model, if only its weights are quantized, in floats."""
   if leaves.rounds_activations(lm.params):
     return lm
-  return dataclasses.replace(lm, params=rules.dequantize(lm.params))
+  params = rules.dequantize(lm.params)
+  return inputs.for_decoding(dataclasses.replace(lm, params=params))
 
 
 def measure_accuracy(lm: LanguageModel, config) -> dict:
@@ -185,6 +187,7 @@ def measure_accuracy(lm: LanguageModel, config) -> dict:
 
 def measure_speed(lm: LanguageModel, config) -> dict:
   """Tokens a second: of a prompt read at once, and of one after another."""
+  lm = inputs.for_decoding(lm)
   apply = transformer.apply_fn(lm.config)
   prompt = jnp.arange(config.prompt, dtype=jnp.int32)[None] % 64
   dtype = lm.params['embedding']['table'].dtype
