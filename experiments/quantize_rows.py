@@ -75,7 +75,7 @@ def calibration_text(lm: LanguageModel, config) -> list[np.ndarray]:
 
 def reference(lm: LanguageModel, config) -> quality.Reference:
   """What the model in floats says about all texts, one after another."""
-  names, lm = texts(config), inputs.for_decoding(lm)
+  names = texts(config)
   parts = [
     quality.reference(
       lm,
@@ -158,11 +158,10 @@ def measure_quality(
 
 
 def as_floats(lm: LanguageModel) -> LanguageModel:
-  """The same model, if only its weights are quantized, in floats."""
+  """The same model, if only its weights are quantized, in plain arrays."""
   if leaves.rounds_activations(lm.params):
     return lm
-  params = rules.dequantize(lm.params)
-  return inputs.for_decoding(dataclasses.replace(lm, params=params))
+  return dataclasses.replace(lm, params=rules.dequantize(lm.params))
 
 
 def measure_accuracy(lm: LanguageModel, config) -> dict:

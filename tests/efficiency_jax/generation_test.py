@@ -9,6 +9,7 @@ import pytest
 
 from efficiency_jax import engine as engine_lib
 from efficiency_jax import generation
+from efficiency_jax import panels
 from efficiency_jax import trees
 from efficiency_jax.data import prompts
 from efficiency_jax.decoding import medusa
@@ -284,7 +285,13 @@ def _chats(lm, name: str, count: int) -> list[list[int]]:
 
 @pytest.mark.model
 @pytest.mark.parametrize('drafter', ['n-gram', 'early exit', 'draft model'])
-def test_real_text_is_the_plain_text_with_every_drafter(smollm2, drafter):
+@pytest.mark.parametrize(
+  'layout', [lambda params: params, panels.for_cpu], ids=['matrices', 'panels']
+)
+def test_real_text_is_the_plain_text_with_every_drafter(
+  smollm2, drafter, layout
+):
+  smollm2 = dataclasses.replace(smollm2, params=layout(smollm2.params))
   config, params = layers.select(
     smollm2.config, smollm2.params, range(0, 30, 3)
   )
