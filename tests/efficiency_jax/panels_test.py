@@ -17,7 +17,6 @@ from efficiency_jax.leaves import LoraTensor
 from efficiency_jax.leaves import PanelTensor
 from efficiency_jax.models import cache as kv_cache
 from efficiency_jax.models import transformer
-from efficiency_jax.models.config import DecoderConfig
 from efficiency_jax.quantization import recipes
 from efficiency_jax.quantization import rules
 from pallas_kernels import llvm_cpu
@@ -28,17 +27,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def _lm(**changes):
-  """A model of which every kernel fits panels, and the table if asked to."""
-  config = DecoderConfig(
-    vocab_size=288,
-    width=64,
-    ffn_width=96,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_positions=256,
-  )
+  """A model of which every matrix fits panels."""
+  config = untrained.language_model().config
+  changes = {'vocab_size': 288} | changes
   return untrained.language_model(dataclasses.replace(config, **changes))
 
 
@@ -68,6 +59,8 @@ def test_what_does_not_fit_stays():
   made = panels.for_cpu(lm.params)
   assert made['embedding']['table'] is lm.params['embedding']['table']
   assert len(_typed(made)) == 8
+  again = panels.for_cpu(made)
+  assert jax.tree.structure(again) == jax.tree.structure(made)
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lm.params)
   assert not _typed(panels.for_cpu(half))
 
