@@ -52,11 +52,12 @@ def experiment(
   table = display.table(rows, COLUMNS)
   table.show()
   grown = [row for row in rows if 'attention' in row['operation']]
-  image = workdir.save_figure(figures.kernels(grown), 'attention')
+  image = grown and workdir.save_figure(figures.kernels(grown), 'attention')
+  drawn = f'![time and memory]({image.name})\n\n' if image else ''
   missing = filter(None, map(baselines.missing, config.attention))
   left_out = ' '.join(f'Left out: {why}.' for why in missing)
   workdir.write_report(
-    f'{table.markdown()}\n\n![time and memory]({image.name})\n\nPeaks here:'
+    f'{table.markdown()}\n\n{drawn}Peaks here:'
     f' {machine["flops_per_second"] / 1e9:.0f} GFLOP/s by a {config.dtype}'
     f' product of two {config.machine_size} x {config.machine_size} matrices,'
     f' {machine["bytes_per_second"] / 1e9:.1f} GB/s by a sum. Speed-ups are'

@@ -61,10 +61,10 @@ def dequant_matmul(
 ) -> jax.Array:
   """x times a quantized matrix; differentiable with respect to x.
 
-  w is dequantized in float32, rounded to the dtype of x (not by `llvm_cpu`),
-  multiplied, and summed in float32. The gradient d_out @ w' runs in the same
-  implementation; that of `mosaic_gpu` and `llvm_cpu` is left to the next of a
-  tuple, and by None to `blockwise`.
+  w is dequantized in float32, rounded to the dtype of x, multiplied, and summed
+  in float32. `llvm_cpu`, and `mosaic_gpu` for up to four rows, do not round w.
+  The gradient d_out @ w' runs in the same implementation; that of `mosaic_gpu`
+  and `llvm_cpu` is left to the next of a tuple, and by None to `blockwise`.
 
   Args:
     x: [..., K] of a float dtype.

@@ -31,20 +31,10 @@ adds them up. Tiles of w may hang over the edge, where copies fill in zeros.
 These may be codes of something, but x is zero there, and so are the scales. So
 nothing pads w unless its columns are not whole 64s or its rows not whole 8s.
 
-What to expect of one row on an H200, and what came. At 4.3 TB/s a
-multiprocessor gets 18.6 bytes a cycle (at 1.755 GHz), in which it issues 128
-instructions, counting each thread; a weight of 4 bits with its share of a scale
-of 64 is 0.56 bytes. Instructions a weight, of the loop as PTX:
-
-             has    time for   at most, of the memory's rate   measured
-    int8     6.6      6.9          1.0                           0.4
-    int4     5.9      3.9          0.7                           0.2
-    NF4     27.4      3.9          0.14                          0.07
-
-The bound counts all instructions alike and none as waiting, and waiting for
-each other is what the steps of a tile do. So few bits save memory here and no
-time: one row takes 1.3 times (int8, int4) and 4 times (NF4) that of bfloat16.
-With many rows every 64 of them unpack w again.
+Up to four rows are left to `mosaic_gpu_rows`: one row would wait in every tile
+for shared memory and for a product of which it needs an eighth. More rows take
+the same time as eight until there are 64, and every 64 of them unpack w again:
+few bits save memory here, and time only where rows are few.
 """
 
 import functools
@@ -60,6 +50,7 @@ from pallas_kernels import compat
 from pallas_kernels import shards
 from pallas_kernels.attention import mosaic_gpu_tiles as tiles
 from pallas_kernels.dequant_matmul import formats
+from pallas_kernels.dequant_matmul import mosaic_gpu_rows
 
 COLUMNS = 128  # of a computing warpgroup
 DEPTH = 64  # stored rows of a tile
@@ -98,6 +89,16 @@ def dequant_matmul(
   group = stored // len(scales)
   _check(x, out_dtype, transposed, group, stored, halves)
   m = len(x)
+  if m <= mosaic_gpu_rows.MOST_ROWS:
+    return mosaic_gpu_rows.dequant_matmul(
+      x,
+      values,
+      scales,
+      codebook,
+      out_dtype=out_dtype,
+      splits=splits,
+      interpret=interpret,
+    )
   rows = min([r for r in ROWS if r >= m], default=ROWS[-1])
   count = pl.cdiv(stored, DEPTH)
   width = _COMPUTING * COLUMNS

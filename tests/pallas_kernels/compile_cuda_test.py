@@ -140,6 +140,16 @@ CASES = {
     'int4', jnp.bfloat16, 1, 8192, 8192, 64
   ),
   'NF4 weights, one bf16 row': _weights('nf4', jnp.bfloat16, 1, 8192, 8192, 64),
+  'int8 weights, four f16 rows, groups of 32': _weights(
+    'int8', jnp.float16, 4, 8192, 8192, 32
+  ),
+  'int4 weights, four bf16 rows': _weights(
+    'int4', jnp.bfloat16, 4, 8192, 28672, 128, jnp.float32
+  ),
+  'NF4 weights, four bf16 rows, odd sizes': _weights(
+    'nf4', jnp.bfloat16, 4, 4096, 1030, 64
+  ),
+  'NF4 weights, 8 bf16 rows': _weights('nf4', jnp.bfloat16, 8, 8192, 8192, 64),
   'NF4 weights, 64 f16 rows': _weights('nf4', jnp.float16, 64, 8192, 8192, 64),
   'NF4 weights, 4096 bf16 rows': _weights(
     'nf4', jnp.bfloat16, 4096, 4096, 4096, 64
