@@ -7,6 +7,7 @@ from efficiency_jax import drafts
 from efficiency_jax import engine as engine_lib
 from efficiency_jax import quantized_drafts
 from efficiency_jax.decoding import dynamic_tree
+from efficiency_jax.decoding import medusa
 from efficiency_jax.decoding import token_tree
 from efficiency_jax.evaluation import decoding
 from efficiency_jax.io import pretrained
@@ -20,18 +21,24 @@ _SCRIPTS = {
 }
 
 
-def _grown(nodes: int) -> tuple[dynamic_tree.Growth, ...]:
-  return (dynamic_tree.Growth(nodes=nodes, expand=4, height=min(nodes, 5)),)
+def _grown(nodes: int, draft) -> tuple[dynamic_tree.Growth, ...]:
+  # What a layer guesses it has to read; heads guess everything at once.
+  expand, highest = 4, 5
+  if isinstance(draft, medusa.TrainedHeads):
+    expand, highest = 8, draft.form.count
+  height = min(nodes, highest)
+  return (dynamic_tree.Growth(nodes=nodes, expand=expand, height=height),)
 
 
-def _chain(length: int) -> tuple[()]:
-  del length  # any
+def _chain(length: int, draft) -> tuple[()]:
+  del length, draft  # any
   return ()
 
 
 # Trees in place of those that a draft comes with; chains may adapt theirs.
 _SHAPED = {
-  ('medusa', 'chain'): lambda length: (token_tree.chain(length),),
+  ('medusa', 'chain'): lambda length, _: (token_tree.chain(length),),
+  ('medusa', 'dynamic'): _grown,
   ('eagle', 'chain'): _chain,
   ('eagle', 'dynamic'): _grown,
   ('draft model', 'chain'): _chain,
@@ -76,7 +83,7 @@ def build(lm, config) -> list[decoding.Method]:
       form = _SHAPED[drafter, shape]
       if not length and form is not _chain:
         raise ValueError(f'{name!r} needs a length: {name}, 7.')
-      trees = form(int(length or 0))
+      trees = form(int(length or 0), heads)
     engine = engine_lib.prepare(
       lm,
       drafter=drafter,

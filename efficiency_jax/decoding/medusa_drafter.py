@@ -2,7 +2,9 @@
 
 The state of a row is what the target thought at the last position that it read
 and kept. From it the heads guess (`medusa`), and the node at depth k with rank
-r among its siblings holds the r-th best guess of head k.
+r among its siblings holds the r-th best guess of head k. Or the tree grows
+where the heads are sure (`dynamic_tree`), the worth of a node being the product
+of what the heads think of the tokens on the way to it.
 """
 
 import dataclasses
@@ -10,12 +12,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from efficiency_jax.decoding import draft_trees
 from efficiency_jax.decoding import draft_vocabulary
 from efficiency_jax.decoding import drafters
+from efficiency_jax.decoding import dynamic_tree
 from efficiency_jax.decoding import medusa
-from efficiency_jax.decoding.token_tree import TokenTree
 from efficiency_jax.decoding.token_tree import chain
 from efficiency_jax.decoding.verifiers import Proposal
 from efficiency_jax.linear import embed
@@ -41,7 +43,8 @@ class Medusa:
   Attributes:
     heads: Form of the heads, whose parameters are the draft's.
     output_head: The target's head, on the target's parameters.
-    trees: Shapes of drafts; a draft of n tokens has the tree of n + 1 nodes.
+    trees: Shapes of drafts, each of another size, fixed or growing; a draft of
+      n tokens has that of n + 1 nodes.
     least_chance: A chain ends before the first guess that is less likely than
       this to be reached and kept, as the heads with `confidence` see it; the
       tokens beyond are not put forward. Trees are whole.
@@ -49,16 +52,16 @@ class Medusa:
 
   heads: medusa.Heads
   output_head: medusa.OutputHead
-  trees: tuple[TokenTree, ...]
+  trees: tuple[draft_trees.Shape, ...]
   least_chance: float = 0.0
   name: str = 'medusa'
   num_kinds: int = 1
   needs_features: bool = True
 
   def __post_init__(self):
-    sizes = [len(tree) for tree in self.trees]
-    if not sizes or len(set(sizes)) < len(sizes):
-      raise ValueError(f'trees must differ in size, got sizes {sizes}.')
+    if not self.trees:
+      raise ValueError('trees must be given, one or more.')
+    draft_trees.check(self.trees, self.heads.vocabulary)
     if self.least_chance and not self.heads.confidence:
       raise ValueError(
         f'least_chance {self.least_chance} needs heads with confidence: train'
@@ -70,14 +73,8 @@ class Medusa:
           f'a tree of height {tree.height} needs as many heads, got'
           f' {self.heads.count}.'
         )
-      size, widest = self.heads.vocabulary, int(tree.rank.max()) + 1
-      if size is not None and widest > size:
-        raise ValueError(
-          f'a tree with {widest} siblings needs as many tokens, got a'
-          f' vocabulary of {size}.'
-        )
 
-  def tree(self, length: int) -> TokenTree:
+  def tree(self, length: int) -> draft_trees.Shape:
     """The tree of `length + 1` nodes."""
     if length == 0:
       return chain(0)
@@ -103,24 +100,41 @@ class Medusa:
   def propose(self, weights, state, cache, context, length, purpose):
     """The best guesses, each where the tree has a place for it."""
     del purpose
-    tree = self.tree(length)
+    shape = self.tree(length)
     # A lower tree asks fewer heads; a bias waits for the tokens.
-    asked = dataclasses.replace(self.heads, count=tree.height, markov=0)
+    asked = dataclasses.replace(self.heads, count=shape.height, markov=0)
     head = draft_vocabulary.chosen(weights, state.head)
     token = self._token(weights, context)
-    score = self.output_head
     scores = medusa.logits(
-      asked, weights.draft, state.hidden, score, head, token=token
+      asked, weights.draft, state.hidden, self.output_head, head, token=token
     )
-    if self.heads.markov:
-      tokens = self._level_by_level(weights, scores, context, tree)
+    vocabulary = weights.draft.get('vocabulary')
+
+    def guess(scores, most):
+      return draft_vocabulary.best(scores, most, vocabulary)
+
+    def after(tokens, depth):
+      """Scores of head `depth + 1` behind tokens [B, n]: [B, n, R]."""
+      own = scores[:, depth, None]
+      if not self.heads.markov:
+        return jnp.broadcast_to(own, (*tokens.shape, own.shape[-1]))
+      previous = embed(tokens, weights.target['embedding']['table'])
+      return own + medusa.markov_bias(weights.draft, previous)
+
+    def feed(tokens, before, ancestors, fed):
+      del before, ancestors
+      new = tokens[:, sum(fed) :]
+      return after(new, 1 + len(fed)), (*fed, new.shape[1])
+
+    root, parents = after(_last(context), 0), None
+    if isinstance(shape, dynamic_tree.Growth):
+      tokens, parents, _ = dynamic_tree.grow(shape, root, guess, feed, ())
     else:
-      best = self._best(weights, scores, tree.rank)  # [B, height, most]
-      tokens = best[:, tree.depth[1:] - 1, tree.rank[1:]]
+      tokens, _ = draft_trees.fill(shape, root, guess, feed, ())
     count = jnp.full(tokens.shape[:1], length, jnp.int32)
-    if self.least_chance and tree.is_chain:
+    if self.least_chance and shape.is_chain:
       count = self._trusted(weights, state, context, tokens)
-    return Proposal(tokens, count, None), state, cache
+    return Proposal(tokens, count, None, parents), state, cache
 
   def observe(self, state, context, longest, features):
     """The state of the last position that was read and kept."""
@@ -136,12 +150,6 @@ class Medusa:
     if not self.heads.token:
       return None
     return embed(_last(context)[:, 0], weights.target['embedding']['table'])
-
-  def _best(self, weights, scores: jax.Array, ranks: np.ndarray) -> jax.Array:
-    """The best tokens of `scores` [..., R], as many as ranks ask for."""
-    vocabulary = weights.draft.get('vocabulary')
-    best, _ = draft_vocabulary.best(scores, int(ranks.max()) + 1, vocabulary)
-    return best
 
   def _trusted(self, weights, state, context, tokens: jax.Array) -> jax.Array:
     """How many tokens of a chain [B, G] are likely enough: [B] int32.
@@ -161,26 +169,6 @@ class Medusa:
     )
     reached = jnp.cumprod(jax.nn.sigmoid(trust), axis=-1)
     return jnp.sum(reached >= self.least_chance, axis=-1, dtype=jnp.int32)
-
-  def _level_by_level(self, weights, scores, context, tree) -> jax.Array:
-    """Guesses that know the token before them: [B, N - 1].
-
-    `scores` [B, height, R] are those of the heads, which do not.
-    """
-    table = weights.target['embedding']['table']
-    tokens = jnp.pad(_last(context), ((0, 0), (0, len(tree) - 1)))
-    for depth in range(1, tree.height + 1):
-      born = np.flatnonzero(tree.depth == depth)
-      parents, of = np.unique(
-        np.asarray(tree.parents)[born], return_inverse=True
-      )
-      previous = embed(tokens[:, parents], table)
-      biased = scores[:, depth - 1, None] + medusa.markov_bias(
-        weights.draft, previous
-      )
-      best = self._best(weights, biased, tree.rank[born])  # [B, parents, most]
-      tokens = tokens.at[:, born].set(best[:, of, tree.rank[born]])
-    return tokens[:, 1:]
 
 
 def _last(context: drafters.Context) -> jax.Array:

@@ -10,6 +10,7 @@ from efficiency_jax import drafts
 from efficiency_jax.decoding import draft_model
 from efficiency_jax.decoding import dynamic_tree
 from efficiency_jax.decoding import eagle
+from efficiency_jax.decoding import medusa
 from efficiency_jax.decoding import token_tree
 from efficiency_jax.io import untrained
 from efficiency_jax.models import transformer
@@ -67,6 +68,22 @@ def test_shapes_are_chosen_by_name(lm, tmp_path):
   assert drafters[2].tree(7) == dynamic_tree.Growth(nodes=7, expand=4, height=5)
 
 
+def test_heads_grow_as_high_as_there_are_heads(lm, tmp_path):
+  form = medusa.Heads(count=2)
+  width, size = lm.config.width, lm.config.vocab_size
+  params = medusa.init(form, jax.random.key(0), width, size, {})
+  path = tmp_path / 'medusa.safetensors'
+  heads = medusa.TrainedHeads(
+    form=form, params=params, trees=(token_tree.chain(2),)
+  )
+  drafts.save(path, heads, lm=lm, card={})
+  names = ('medusa chain, 2', 'medusa dynamic, 7')
+  _, *chosen = _build(lm, names, medusa=str(path))
+  drafters = [method.engine.decoder.drafter for method in chosen]
+  assert drafters[0].tree(2).is_chain
+  assert drafters[1].tree(7) == dynamic_tree.Growth(nodes=7, expand=8, height=2)
+
+
 def test_shapes_of_a_draft_model_trained_or_not(lm, draft, path, tmp_path):
   tree = token_tree.TokenTree((-1, 0, 0))
   shaped = tmp_path / 'shaped.safetensors'
@@ -105,7 +122,7 @@ def test_or_else_a_cut_of_the_target(lm):
       'n-gram dynamic',
       'draft_model',
       None,
-      'of shapes there are medusa chain, eagle chain, eagle dynamic, draft',
+      'of shapes there are medusa chain, medusa dynamic, eagle chain, eagle',
     ),
     (
       'draft model dynamic',

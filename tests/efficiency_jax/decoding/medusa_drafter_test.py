@@ -16,9 +16,11 @@ from efficiency_jax.decoding import schedule
 from efficiency_jax.decoding import speculative
 from efficiency_jax.decoding import token_tree
 from efficiency_jax.decoding import verifiers
+from efficiency_jax.decoding.dynamic_tree import Growth
 from efficiency_jax.evaluation import speed
 from efficiency_jax.models import transformer
 from tests import fixtures
+from tests.efficiency_jax.decoding import draft_tables
 from tests.efficiency_jax.decoding import medusa_models
 
 _TARGET = medusa_models.TARGET
@@ -29,6 +31,7 @@ _MIXED = {'temperature': [0.0, 1.0, 0.7], 'top_p': [1.0, 1.0, 0.9]}
 _TREE = token_tree.from_choices(
   [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (1, 0, 1), (1, 0, 0)]
 )
+_GROWTH = Growth(nodes=8, expand=3, height=3)
 _HEADS = medusa_models.FORMS[0]
 _FEW = medusa_models.FORMS[-1]  # with a vocabulary, and a bias
 
@@ -152,17 +155,60 @@ def test_guesses_stand_where_the_tree_has_a_place_for_them(heads, shuffled):
       assert tokens[node] == best
 
 
+@pytest.mark.parametrize('heads', medusa_models.FORMS, ids=str)
+def test_a_growing_tree_keeps_the_best_paths(heads):
+  """By the product of what the heads think along them."""
+  drafter = _drafter(heads, _GROWTH)
+  weights = _weights(heads)
+  shape = 3, 9, medusa_models.hidden_width(heads)
+  states = np.random.default_rng(1).standard_normal(shape)
+  context = fixtures.context(_PROMPTS, room=30)
+
+  @jax.jit
+  def draft():
+    begun = drafter.init(weights, context, 8, jnp.asarray(states, jnp.float32))
+    arguments = weights, begun, (), context, 8
+    return drafter.propose(*arguments, sampling.Purpose.SAMPLE)[0]
+
+  proposal = draft()
+  assert proposal.count.tolist() == [8] * 3
+  for row, prompt in enumerate(_PROMPTS):
+    hidden = states[row, len(prompt) - 2] * (len(prompt) > 1)
+
+    if not (hidden.any() or heads.token or heads.markov):
+      continue  # all guesses are worth the same
+
+    def chance(path, hidden=hidden, last=prompt[-1]):
+      before = path[-1] if path else last
+      scores = medusa_models.formula(heads, hidden, len(path) + 1, before, last)
+      q = np.exp(scores - scores.max())
+      if heads.vocabulary is None:
+        return q / q.sum()
+      wide = np.zeros(_VOCAB)
+      wide[medusa_models.VOCABULARY] = q / q.sum()
+      return wide
+
+    parents = proposal.parents[row].tolist()
+    found = draft_tables.paths(proposal.tokens[row], parents)
+    assert set(found) == set(draft_tables.best_paths(_GROWTH, chance))
+
+
 def test_trees_that_do_not_suit_the_heads_are_refused():
   with pytest.raises(ValueError, match='height 3 needs as many heads, got 2'):
     medusa_drafter.Medusa(
       heads=medusa.Heads(count=2), output_head=None, trees=(_TREE,)
     )
+  tall = Growth(nodes=4, expand=2, height=4)
+  with pytest.raises(ValueError, match='height 4 needs as many heads, got 3'):
+    _drafter(_HEADS, tall)
+  with pytest.raises(ValueError, match='trees must be given'):
+    _drafter(_HEADS)
   with pytest.raises(ValueError, match='least_chance 0.5 needs heads with'):
     _drafter(_HEADS, _TREE, least=0.5)
   with pytest.raises(ValueError, match='differ in size'):
     medusa_drafter.Medusa(heads=_HEADS, output_head=None, trees=(_TREE, _TREE))
   few = medusa.Heads(count=3, vocabulary=2)
-  with pytest.raises(ValueError, match='3 siblings .* a vocabulary of 2'):
+  with pytest.raises(ValueError, match='at most 2 children, .* a tree with 3'):
     medusa_drafter.Medusa(heads=few, output_head=None, trees=(_TREE,))
   with pytest.raises(ValueError, match="verifier 'block' takes no trees"):
     _decoder('block', _TREE)
@@ -176,16 +222,19 @@ _prompt = st.lists(st.integers(0, _VOCAB - 1), min_size=1, max_size=10)
 
 
 @pytest.mark.parametrize(
-  ('verifier', 'heads'),
+  ('verifier', 'heads', 'tree'),
   [
-    # Rows of the last case are greedy; plain heads adapt below.
-    pytest.param('greedy', _FEW, marks=pytest.mark.slow, id='greedy'),
-    pytest.param('coupled', _HEADS, marks=pytest.mark.slow, id='plain heads'),
-    pytest.param('coupled', _FEW, id='coupled'),
+    # Rows of the last cases are greedy; plain heads adapt below.
+    pytest.param('greedy', _FEW, _TREE, marks=pytest.mark.slow, id='greedy'),
+    pytest.param(
+      'coupled', _HEADS, _TREE, marks=pytest.mark.slow, id='plain heads'
+    ),
+    pytest.param('coupled', _FEW, _TREE, id='coupled'),
+    pytest.param('coupled', _FEW, _GROWTH, id='growing'),
   ],
 )
-def test_text_is_that_of_plain_decoding(verifier, heads):
-  decoder = _decoder(verifier, _TREE, heads=heads)
+def test_text_is_that_of_plain_decoding(verifier, heads, tree):
+  decoder = _decoder(verifier, tree, heads=heads)
   settings = sampling.make(3, **_MIXED) if verifier == 'coupled' else None
 
   @hypothesis.given(
@@ -206,7 +255,7 @@ def test_text_is_that_of_plain_decoding(verifier, heads):
       span = slice(len(prompt), len(text))
       accepted = np.asarray(state.accepted_draft)[row, span]
       assert accepted.sum() == c.accepted[row] == c.accepted_at[row].sum()
-      assert c.drafted[row] <= c.runs[row] * (len(_TREE) - 1)
+      assert c.drafted[row] <= c.runs[row] * (len(tree) - 1)
       assert len(text) - len(prompt) <= c.accepted[row] + c.runs[row]
       assert (c.tested_at[row, 1:] <= c.accepted_at[row, :-1]).all()
       refused = np.asarray(state.refused)[row, span]
