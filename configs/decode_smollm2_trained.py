@@ -7,9 +7,9 @@
       --config=configs/decode_smollm2_trained.py:sampled \
       --workdir=runs/decode_trained_sampled
 
-Medusa's heads as a chain and as trees, and the one-layer draft (EAGLE) as
-chains, trees, and trees that grow where it is sure, on 8 questions of MT-bench
-and 8 problems of HumanEval, batch 1. The drafts are shipped with the package;
+Medusa's heads and the one-layer draft (EAGLE), each as a chain, a tree, and a
+tree that grows where it is sure, on 8 questions of MT-bench and 8 problems of
+HumanEval, batch 1. The drafts are shipped with the package;
 `train_medusa` and `train_draft` make them anew. They are stored in W8A8, which
 changes no greedy text (--config.trained.weights='' keeps them in float32).
 `:sampled` is temperature 1 with exact verification, of EAGLE and n-grams.
@@ -37,8 +37,8 @@ def get_config(kind: str = 'greedy') -> ml_collections.ConfigDict:
   config.methods = (
     'medusa chain, 3',
     'medusa, 7',
+    'medusa dynamic, 11',
     'medusa',
-    'eagle chain, 2',
     'eagle chain, 3',
     'eagle, 7',
     'eagle dynamic, 7',
@@ -58,7 +58,7 @@ def get_config(kind: str = 'greedy') -> ml_collections.ConfigDict:
   if kind == 'trees':
     config.methods = tuple(
       f'{name}, {size}'
-      for name in ('medusa', 'eagle', 'eagle dynamic')
+      for name in ('medusa', 'medusa dynamic', 'eagle', 'eagle dynamic')
       for size in _SIZES
     ) + (
       'medusa chain, 4',

