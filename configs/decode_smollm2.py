@@ -39,7 +39,7 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   # of trees, the one of that many tokens; 'medusa chain, 3' is no tree.
   config.methods = ('n-gram', 'early exit, 3', 'draft model, 3')
   if demo:
-    config.methods = ('n-gram', 'medusa chain, 3', 'eagle chain')
+    config.methods = ('n-gram', 'medusa dynamic, 7', 'eagle chain')
   # Of n-gram, beside the adaptive one.
   config.fixed_lengths = () if demo else (3, 7)
   config.exit_layers = 10
