@@ -32,9 +32,9 @@ These may be codes of something, but x is zero there, and so are the scales. So
 nothing pads w unless its columns are not whole 64s or its rows not whole 8s.
 
 Up to four rows are left to `mosaic_gpu_rows`: one row would wait in every tile
-for shared memory and for a product of which it needs an eighth. More rows take
-the same time as eight until there are 64, and every 64 of them unpack w again:
-few bits save memory here, and time only where rows are few.
+for shared memory and for a product of which it needs an eighth. Here eight rows
+take the time of one, and every 64 of them unpack w again: few bits save memory,
+and time only where rows are few.
 """
 
 import functools

@@ -65,7 +65,7 @@ _WHOLE = 0x4B000000  # the bits of 2^23
 
 
 class Ring(NamedTuple):
-  """What was fastest on an H200, of a dozen that were tried (RESULTS.md)."""
+  """What was fastest on an H200, of those that were tried (RESULTS.md)."""
 
   steps: int  # slots
   blocks: int  # of threads, for each multiprocessor

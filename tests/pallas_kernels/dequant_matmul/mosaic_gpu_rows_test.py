@@ -178,6 +178,13 @@ def test_few_rows_lower_to_it_and_more_to_the_other(kind, m, monkeypatch):
   jax.clear_caches()
 
 
+def test_vmap_lowers_for_cuda_with_the_kernel():
+  x, *weight = _shapes('nf4', 1)
+  run = jax.vmap(api.dequant_matmul, (0, None, None, None))
+  several = jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
+  assert 'custom_call @mosaic_gpu' in hopper.lower(run, several, *weight)
+
+
 def test_codes_are_looked_up_in_pairs():
   pairs = np.asarray(mosaic_gpu_rows._pairs(jnp.asarray(formats.NF4)))
   assert (pairs == pairs[:, :1]).all()
