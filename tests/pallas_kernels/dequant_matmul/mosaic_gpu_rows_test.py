@@ -13,18 +13,13 @@ import pytest
 
 from pallas_kernels.dequant_matmul import api
 from pallas_kernels.dequant_matmul import formats
-from pallas_kernels.dequant_matmul import mosaic_gpu
 from pallas_kernels.dequant_matmul import mosaic_gpu_rows
 from pallas_kernels.dequant_matmul import reference
+from tests.pallas_kernels import dequant_cases
 from tests.pallas_kernels import hopper
 
 pytestmark = pytest.mark.short
 
-QUANTIZE = {
-  'int8': formats.quantize_int8,
-  'int4': formats.quantize_int4,
-  'nf4': formats.quantize_nf4,
-}
 # Format, group, sizes m, k, n, and parts of K. None is one scale a column.
 CASES = {
   'int8, a scale a column': ('int8', None, (1, 100, 270), None),
@@ -37,27 +32,6 @@ CASES = {
   'NF4': ('nf4', 64, (1, 192, 130), 1),
   'NF4, groups of two tiles': ('nf4', 128, (4, 256, 16), 3),
 }
-
-
-def _case(kind, group, sizes, seed=0):
-  """x, and a weight of the format."""
-  rng = np.random.default_rng(seed)
-  m, k, n = sizes
-  x = jnp.asarray(rng.standard_normal((m, k)), jnp.bfloat16)
-  # Columns of different sizes, so that a scale of another one shows.
-  w = rng.standard_normal((k, n)) * rng.uniform(0.1, 2, (k, n))
-  return x, QUANTIZE[kind](jnp.asarray(w, jnp.float32), group)
-
-
-def _run(x, weight, *, out_dtype=jnp.float32, splits=None, **options):
-  return mosaic_gpu.dequant_matmul(
-    x,
-    *weight,
-    transposed=False,
-    out_dtype=out_dtype,
-    splits=splits,
-    interpret=hopper.interpreter(**options),
-  )
 
 
 def _exact(x, weight):
@@ -73,8 +47,8 @@ def _on_gpu():
 @pytest.mark.parametrize('case', CASES)
 def test_it_rounds_no_weights(case):
   kind, group, sizes, splits = CASES[case]
-  x, weight = _case(kind, group, sizes)
-  got = _run(x, weight, splits=splits)
+  x, weight = dequant_cases.case(kind, group, sizes)
+  got = dequant_cases.run(x, weight, splits=splits)
   assert got.dtype == jnp.float32
   exact = _exact(x, weight)
   # Codes alone, and on a GPU, are rounded to float16: 11 bits.
@@ -87,8 +61,8 @@ def test_it_rounds_no_weights(case):
 @hopper.runs_the_kernel
 @pytest.mark.parametrize('splits', [1, 2])
 def test_the_result_is_rounded_once(splits):
-  x, weight = _case('int8', None, (3, 128, 20))
-  got = _run(x, weight, out_dtype=jnp.bfloat16, splits=splits)
+  x, weight = dequant_cases.case('int8', None, (3, 128, 20))
+  got = dequant_cases.run(x, weight, out_dtype=jnp.bfloat16, splits=splits)
   assert got.dtype == jnp.bfloat16
   unit = float(jnp.finfo(jnp.bfloat16).eps) / 2
   np.testing.assert_allclose(
@@ -105,7 +79,7 @@ def test_every_integer_is_itself(half):
   values = jnp.zeros((32, len(integers)), jnp.int32).at[row].set(integers)
   values = formats.pack_int4(values) if half else values.astype(jnp.int8)
   x = jnp.zeros((1, 32), jnp.bfloat16).at[0, row].set(1)
-  got = _run(x, (values, jnp.ones((1, len(integers)))))
+  got = dequant_cases.run(x, (values, jnp.ones((1, len(integers)))))
   np.testing.assert_array_equal(got[0], integers)
 
 
@@ -113,10 +87,10 @@ def test_every_integer_is_itself(half):
 @pytest.mark.parametrize(('kind', 'bad'), [('int8', np.nan), ('nf4', np.inf)])
 def test_what_is_not_finite_stays_in_its_row_and_column(kind, bad):
   """Beyond the edges too, where tiles of zeros are codes of something."""
-  x, weight = _case(kind, 64, (2, 64, 20))
-  clean = _run(x, weight)
+  x, weight = dequant_cases.case(kind, 64, (2, 64, 20))
+  clean = dequant_cases.run(x, weight)
   scales = weight.scales.at[-1, -1].set(bad)
-  got = _run(x.at[1, 0].set(bad), weight._replace(scales=scales))
+  got = dequant_cases.run(x.at[1, 0].set(bad), weight._replace(scales=scales))
   kept = np.ix_([0], range(19))
   np.testing.assert_array_equal(np.asarray(got)[kept], np.asarray(clean)[kept])
   assert not np.isfinite(got[1]).any()
@@ -126,9 +100,9 @@ def test_what_is_not_finite_stays_in_its_row_and_column(kind, bad):
 @hopper.runs_the_kernel
 @pytest.mark.parametrize('factor', [1e-9, 1e9])
 def test_codebooks_may_be_of_any_size(factor):
-  x, weight = _case('nf4', 64, (1, 64, 16))
+  x, weight = dequant_cases.case('nf4', 64, (1, 64, 16))
   weight = weight._replace(codebook=weight.codebook * factor)
-  got, exact = _run(x, weight), _exact(x, weight)
+  got, exact = dequant_cases.run(x, weight), _exact(x, weight)
   np.testing.assert_allclose(
     got, exact, rtol=0, atol=2**-12 * np.abs(exact).max()
   )
@@ -138,27 +112,17 @@ def test_codebooks_may_be_of_any_size(factor):
 @pytest.mark.parametrize('kind', ['int8', 'nf4'])
 def test_it_has_no_races(kind):
   # More tiles than the ring has slots.
-  x, weight = _case(kind, 64, (1, 128 if kind == 'int8' else 256, 16))
-  got = _run(x, weight, splits=1, detect_races=True)
+  x, weight = dequant_cases.case(
+    kind, 64, (1, 128 if kind == 'int8' else 256, 16)
+  )
+  got = dequant_cases.run(x, weight, splits=1, detect_races=True)
   assert not hopper.races_found()
   exact = _exact(x, weight)
   np.testing.assert_allclose(got, exact, rtol=0, atol=2**-12 * abs(exact).max())
 
 
-def _shapes(kind, m, k=192, n=70, group=64):
-  packed = kind != 'int8'
-  shapes = [
-    ((m, k), jnp.bfloat16),
-    ((k // 2, n), jnp.uint8) if packed else ((k, n), jnp.int8),
-    ((k // group, n), jnp.float32),
-  ]
-  if kind == 'nf4':
-    shapes.append(((16,), jnp.float32))
-  return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-
-
 @pytest.mark.parametrize('m', [1, 4])
-@pytest.mark.parametrize('kind', QUANTIZE)
+@pytest.mark.parametrize('kind', dequant_cases.QUANTIZE)
 def test_few_rows_lower_to_it_and_more_to_the_other(kind, m, monkeypatch):
   called = []
   few = mosaic_gpu_rows.dequant_matmul
@@ -169,17 +133,17 @@ def test_few_rows_lower_to_it_and_more_to_the_other(kind, m, monkeypatch):
   )
   run = functools.partial(api.dequant_matmul, implementation='mosaic_gpu')
   jax.clear_caches()
-  text = hopper.lower(run, *_shapes(kind, m))
+  text = hopper.lower(run, *dequant_cases.shapes(kind, m))
   assert 'custom_call @mosaic_gpu' in text
   assert called
   called.clear()
-  hopper.lower(run, *_shapes(kind, mosaic_gpu_rows.MOST_ROWS + 1))
+  hopper.lower(run, *dequant_cases.shapes(kind, mosaic_gpu_rows.MOST_ROWS + 1))
   assert not called
   jax.clear_caches()
 
 
 def test_vmap_lowers_for_cuda_with_the_kernel():
-  x, *weight = _shapes('nf4', 1)
+  x, *weight = dequant_cases.shapes('nf4', 1)
   run = jax.vmap(api.dequant_matmul, (0, None, None, None))
   several = jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
   assert 'custom_call @mosaic_gpu' in hopper.lower(run, several, *weight)

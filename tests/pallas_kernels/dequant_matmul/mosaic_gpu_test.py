@@ -12,18 +12,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dequant_matmul import api
-from pallas_kernels.dequant_matmul import formats
 from pallas_kernels.dequant_matmul import mosaic_gpu
 from pallas_kernels.dequant_matmul import reference
+from tests.pallas_kernels import dequant_cases
 from tests.pallas_kernels import hopper
 
 pytestmark = pytest.mark.short
 
-QUANTIZE = {
-  'int8': formats.quantize_int8,
-  'int4': formats.quantize_int4,
-  'nf4': formats.quantize_nf4,
-}
 # Format, group, sizes m, k, n, and options. None is one scale a column.
 CASES = {
   'int8, a scale a column': ('int8', None, (5, 200, 300), {}),
@@ -37,27 +32,6 @@ CASES = {
   'NF4, groups of two tiles': ('nf4', 256, (17, 512, 16), {'splits': 3}),
   'NF4, float16': ('nf4', 64, (40, 128, 50), {'dtype': jnp.float16}),
 }
-
-
-def _case(kind, group, sizes, dtype=jnp.bfloat16, seed=0):
-  """x, and a weight of the format."""
-  rng = np.random.default_rng(seed)
-  m, k, n = sizes
-  x = jnp.asarray(rng.standard_normal((m, k)), dtype)
-  # Columns of different sizes, so that a scale of another one shows.
-  w = rng.standard_normal((k, n)) * rng.uniform(0.1, 2, (k, n))
-  return x, QUANTIZE[kind](jnp.asarray(w, jnp.float32), group)
-
-
-def _run(x, weight, *, out_dtype=jnp.float32, splits=None, **options):
-  return mosaic_gpu.dequant_matmul(
-    x,
-    *weight,
-    transposed=False,
-    out_dtype=out_dtype,
-    splits=splits,
-    interpret=hopper.interpreter(**options),
-  )
 
 
 def _plain(x, weight, out_dtype=jnp.float32):
@@ -78,10 +52,10 @@ def _error(got, x, weight):
 @pytest.mark.parametrize('case', CASES)
 def test_it_is_as_exact_as_the_reference(case):
   kind, group, sizes, options = CASES[case]
-  x, weight = _case(
+  x, weight = dequant_cases.case(
     kind, group, sizes, dtype=options.get('dtype', jnp.bfloat16)
   )
-  got = _run(x, weight, splits=options.get('splits'))
+  got = dequant_cases.run(x, weight, splits=options.get('splits'))
   assert got.dtype == jnp.float32
   assert got.shape == (sizes[0], sizes[2])
   # The same numbers are multiplied, and summed in another order.
@@ -97,8 +71,8 @@ def test_it_is_as_exact_as_the_reference(case):
   ('m', 'out_dtype'), [(5, jnp.bfloat16), (33, jnp.bfloat16), (9, jnp.float16)]
 )
 def test_the_result_is_rounded_once(m, out_dtype, splits):
-  x, weight = _case('int8', None, (m, 128, 20))
-  got = _run(x, weight, out_dtype=out_dtype, splits=splits)
+  x, weight = dequant_cases.case('int8', None, (m, 128, 20))
+  got = dequant_cases.run(x, weight, out_dtype=out_dtype, splits=splits)
   assert got.dtype == out_dtype
   wide = _plain(x, weight)
   unit = float(jnp.finfo(out_dtype).eps) / 2
@@ -108,12 +82,12 @@ def test_the_result_is_rounded_once(m, out_dtype, splits):
 
 
 @hopper.runs_the_kernel
-@pytest.mark.parametrize('kind', QUANTIZE)
+@pytest.mark.parametrize('kind', dequant_cases.QUANTIZE)
 def test_groups_of_zeros_add_nothing(kind):
-  x, (values, scales, *codebook) = _case(kind, 64, (5, 128, 24))
+  x, (values, scales, *codebook) = dequant_cases.case(kind, 64, (5, 128, 24))
   w = jnp.ones((128, 24)).at[:64].set(0).at[:, 5].set(0)
-  weight = QUANTIZE[kind](w, 64)
-  got = _run(x, weight)
+  weight = dequant_cases.QUANTIZE[kind](w, 64)
+  got = dequant_cases.run(x, weight)
   assert (weight.scales[0] == 1).all()
   assert (got[:, 5] == 0).all()
   right = np.asarray(x[:, 64:], np.float64).sum(1)
@@ -125,10 +99,10 @@ def test_groups_of_zeros_add_nothing(kind):
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
 def test_what_is_not_finite_stays_in_its_row_and_column(kind, bad):
   """Beyond the edges too, where tiles of zeros are codes of something."""
-  x, weight = _case(kind, 64, (5, 192, 20))
-  clean = _run(x, weight)
+  x, weight = dequant_cases.case(kind, 64, (5, 192, 20))
+  clean = dequant_cases.run(x, weight)
   scales = weight.scales.at[-1, -1].set(bad)
-  got = _run(x.at[1, 0].set(bad), weight._replace(scales=scales))
+  got = dequant_cases.run(x.at[1, 0].set(bad), weight._replace(scales=scales))
   kept = np.ix_([0, 2, 3, 4], range(19))
   np.testing.assert_array_equal(np.asarray(got)[kept], np.asarray(clean)[kept])
   assert not np.isfinite(got[1]).any()
@@ -140,30 +114,20 @@ def test_what_is_not_finite_stays_in_its_row_and_column(kind, bad):
 def test_it_has_no_races(kind, monkeypatch):
   # More tiles than the ring has slots.
   monkeypatch.setattr(mosaic_gpu, 'MOST_STEPS', 2)
-  x, weight = _case(kind, 64, (5, 320 if kind == 'int8' else 640, 256))
-  got = _run(x, weight, splits=1, detect_races=True)
+  x, weight = dequant_cases.case(
+    kind, 64, (5, 320 if kind == 'int8' else 640, 256)
+  )
+  got = dequant_cases.run(x, weight, splits=1, detect_races=True)
   assert not hopper.races_found()
   plain = _plain(x, weight)
   np.testing.assert_allclose(got, plain, rtol=0, atol=1e-5 * abs(plain).max())
 
 
-def _shapes(kind, m, dtype=jnp.bfloat16, k=192, n=70, group=64):
-  packed = kind != 'int8'
-  shapes = [
-    ((m, k), dtype),
-    ((k // 2, n), jnp.uint8) if packed else ((k, n), jnp.int8),
-    ((k // group, n), jnp.float32),
-  ]
-  if kind == 'nf4':
-    shapes.append(((16,), jnp.float32))
-  return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-
-
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize('m', [5, 200])
-@pytest.mark.parametrize('kind', QUANTIZE)
+@pytest.mark.parametrize('kind', dequant_cases.QUANTIZE)
 def test_it_lowers_for_cuda_with_the_kernel(kind, m, dtype):
-  shapes = _shapes(kind, m, dtype)
+  shapes = dequant_cases.shapes(kind, m, dtype)
   for implementation in (None, 'mosaic_gpu'):
     run = functools.partial(api.dequant_matmul, implementation=implementation)
     assert 'custom_call @mosaic_gpu' in hopper.lower(run, *shapes)
@@ -173,11 +137,11 @@ def test_it_lowers_for_cuda_with_the_kernel(kind, m, dtype):
     assert 'mosaic_gpu' not in lowered
 
 
-@pytest.mark.parametrize('kind', QUANTIZE)
+@pytest.mark.parametrize('kind', dequant_cases.QUANTIZE)
 @pytest.mark.parametrize('sizes', [(192, 64), (96, 130), (1024, 576)])
 def test_weights_are_padded_only_where_sizes_ask_for_it(kind, sizes):
   k, n = sizes
-  shapes = _shapes(kind, 5, k=k, n=n, group=32)
+  shapes = dequant_cases.shapes(kind, 5, k=k, n=n, group=32)
   run = functools.partial(api.dequant_matmul, implementation='mosaic_gpu')
   text = hopper.lower(run, *shapes)
   assert 'custom_call @mosaic_gpu' in text
@@ -188,7 +152,7 @@ def test_weights_are_padded_only_where_sizes_ask_for_it(kind, sizes):
 
 
 def test_rows_that_are_not_whole_tiles_lower():
-  shapes = _shapes('int8', 5, k=1003, n=64, group=1003)
+  shapes = dequant_cases.shapes('int8', 5, k=1003, n=64, group=1003)
   run = functools.partial(api.dequant_matmul, implementation='mosaic_gpu')
   assert 'custom_call @mosaic_gpu' in hopper.lower(run, *shapes)
 
@@ -198,7 +162,7 @@ def test_its_gradient_is_left_to_another():
     loss = lambda x: api.dequant_matmul(x, *weight).astype(jnp.float32).sum()
     return jax.value_and_grad(loss)(x)
 
-  lowered = hopper.lower(gradient, *_shapes('nf4', 5))
+  lowered = hopper.lower(gradient, *dequant_cases.shapes('nf4', 5))
   assert lowered.count('custom_call @mosaic_gpu') == 1
 
 
@@ -219,13 +183,13 @@ def test_what_it_does_not_take_is_said(change, message):
   how = {name: options.pop(name) for name in ('transposed', 'out_dtype')}
   run = functools.partial(mosaic_gpu.dequant_matmul, **how)
   with pytest.raises(NotImplementedError, match=message):
-    jax.eval_shape(run, *_shapes(**options))
+    jax.eval_shape(run, *dequant_cases.shapes(**options))
 
 
 @pytest.mark.parametrize('cut', ['rows', 'columns'])
 def test_devices_may_hold_parts_where_others_choose(cut):
   """Tracing must go through on any platform, as None traces all kernels."""
-  x, weight = _case('nf4', 64, (16, 64, 80))
+  x, weight = dequant_cases.case('nf4', 64, (16, 64, 80))
   mesh = jax.make_mesh((8,), ('d',), (jax.sharding.AxisType.Auto,))
   none, first, last = (
     jax.sharding.PartitionSpec(*axes) for axes in ((), ('d',), (None, 'd'))
@@ -246,7 +210,7 @@ def test_devices_may_hold_parts_where_others_choose(cut):
 
 
 def test_vmap_lowers_for_cuda_with_the_kernel():
-  x, *weight = _shapes('int4', 5)
+  x, *weight = dequant_cases.shapes('int4', 5)
   run = jax.vmap(api.dequant_matmul, (0, None, None))
   several = jax.ShapeDtypeStruct((4, *x.shape), x.dtype)
   assert 'custom_call @mosaic_gpu' in hopper.lower(run, several, *weight)
