@@ -48,7 +48,7 @@ from efficiency_jax.io import untrained
 lm = untrained.language_model()
 """,
     "heads = drafts.load(drafts.shipped('smollm2-135m-medusa'), lm)": """
-form = medusa.Heads(vocabulary=99, markov=8)
+form = medusa.Heads(vocabulary=99, markov=8, token=True, layers=(0, 1))
 heads = medusa.TrainedHeads(
   form=form,
   params=medusa.init(form, jax.random.key(1), 64, 257, {}),
