@@ -40,7 +40,7 @@ test-gpu:  ## The kernels for Hopper on an H100 or H200.
 	EFFICIENCY_JAX_TEST_PLATFORM=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false \
 	  $(RUN) -m pytest -q -m gpu tests/pallas_kernels
 
-demo: $(VENV)/.installed  ## Fetches the model, then decodes it both ways.
+demo: $(VENV)/.installed-demo  ## Fetches the model, then decodes it both ways.
 	$(RUN) -m experiments.decode --config=configs/decode_smollm2.py:demo \
 	  --workdir=runs/demo --show_tokens
 
@@ -61,10 +61,17 @@ clean:  ## Forgets what was installed and cached here; keeps runs/.
 	  .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A stamp a folder: installing again happens only when the metadata changed.
+# A stamp for each set of extras: installing again happens only when the metadata
+# changed.
 $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -e '.[cpu,test]' -c $(CONSTRAINTS)
+	touch $(VENV)/.installed-demo $@
+
+# Who waits for the demo waits for no tests and no bytecode of unused modules.
+$(VENV)/.installed-demo: setup.py pyproject.toml constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q --no-compile -e '.[cpu]' -c $(CONSTRAINTS)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -406,18 +406,40 @@ def _costs_key(engine, settings, batch, slots):
 def _measured(engine, settings, batch, slots, repeats) -> np.ndarray:
   slack = engine.decoder.slack
   rounds = max(1, min(6, slots // slack // 2))
-  prompt = max(1, min(slots // 2, slots - slack * (rounds + 1)))
-  vocab = engine.lm.config.vocab_size
-  ids = np.random.default_rng(0).integers(0, vocab, (batch, prompt))
+  text = max(1, min(slots // 2, slots - slack * (rounds + 1)))
+  budget = slots - slack - text
   keys = sampling.row_keys(0, jnp.arange(batch))
-  budget = slots - slack - prompt
-  state = start(engine, ids.tolist(), budget, settings, keys, slots)
+  prompts = [[0]] * batch
+  state = start(engine, prompts, slots - slack - 1, settings, keys, slots)
   return cost_table.measure(
     engine.decoder,
     engine.weights,
-    state,
+    _after(state, text, engine.lm.config.vocab_size),
     rounds=min(rounds, budget // slack),
     repeats=repeats,
+  )
+
+
+def _after(state: speculative.State, text: int, vocab: int):
+  """The state after a random text that no model has read: its caches are empty.
+
+  A round takes as long whatever they hold, and reading would take longer.
+  """
+  batch, slots = state.tokens.shape
+  ids = np.random.default_rng(0).integers(0, vocab, (batch, slots))
+  # One array for each of them: all are given away to the loop.
+  end = lambda at: jnp.full((batch,), at, jnp.int32)
+  is_cache = lambda node: isinstance(node, kv_cache.Cache)
+  moved = lambda node: node._replace(length=end(text - 1))
+  return state._replace(
+    tokens=jnp.asarray(ids, jnp.int32),
+    length=end(text),
+    cache=moved(state.cache),
+    draft=jax.tree.map(
+      lambda node: moved(node) if is_cache(node) else node,
+      state.draft,
+      is_leaf=is_cache,
+    ),
   )
 
 

@@ -188,9 +188,9 @@ def constant(value: float, kind: Type = f32) -> Value:
   return ir.Constant(kind, value)
 
 
-def index(builder, outer: Value, size: int, inner: Value) -> Value:
+def index(builder, outer: Value, size: int, inner: int | Value = 0) -> Value:
   """outer size + inner: a place among `outer` times `size`."""
-  return builder.add(builder.mul(outer, number(size)), inner)
+  return builder.add(builder.mul(outer, number(size)), number(inner))
 
 
 def least(builder, a: Value, b: Value) -> Value:

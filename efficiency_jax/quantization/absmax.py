@@ -23,6 +23,7 @@ Array([[  28,  -12, -101,   28,  -73,   19,   56,  127]], dtype=int32)
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -113,6 +114,8 @@ def grouped(matrix: jax.Array, per: Granularity) -> jax.Array:
   return matrix.reshape(rows // size, size, columns)
 
 
+# Compiled as a whole: one program a shape, not ten.
+@functools.partial(jax.jit, static_argnames='how')
 def quantized(
   groups: jax.Array,  # [groups, G, N]
   how: Integers,

@@ -98,12 +98,9 @@ def _scales(group: np.ndarray, how: absmax.Integers):
   """Scales [N] of rows, and offsets [N] or None."""
   rows = jnp.asarray(group, jnp.float32)
   # Only the scales are used, whose values need not fill bytes.
-  scales, offsets, _ = _quantized(rows[None], how)
+  scales, offsets, _ = absmax.quantized(rows[None], how)
   as_array = lambda x: None if x is None else np.asarray(x[0], np.float64)
   return as_array(scales), as_array(offsets)
-
-
-_quantized = jax.jit(absmax.quantized, static_argnames='how')
 
 
 def _rounded(row, scales, offsets, how: absmax.Integers) -> np.ndarray:

@@ -189,10 +189,15 @@ def _check(path: str, leaf: Any) -> None:
       f'{path} {list(leaf.shape)} is no kernel or table [K, N]: make the rules'
       ' narrower.'
     )
-  if not bool(jnp.isfinite(leaf).all()):
+  if not bool(_is_finite(leaf)):
     raise ValueError(
       f'{path} holds values that are not finite: check the checkpoint.'
     )
+
+
+@jax.jit
+def _is_finite(leaf: jax.Array) -> jax.Array:
+  return jnp.isfinite(leaf).all()
 
 
 def _stored(path: str, weight: jax.Array, method: Method, inputs):

@@ -10,11 +10,12 @@ A tile of a group is multiplied in registers, scaled, and added to sums of
 float32. These lie as the interleaved weights do, and are put in order when the
 last group is done. A single group is cut into blocks, and the sums are int32.
 
-The registers hold the sums of six rows; where there are more, the first six
-leave the tile of weights on the stack as it was interleaved. More than 32 rows,
-or than 2^18 numbers, take turns, of which the last one ends with the last row:
-it may do some again. Threads share the turns, and the columns where there are
-fewer turns than work for all.
+The registers hold the sums of six rows; where there are more, the first ones
+leave the tile of weights on the stack as it was interleaved, and a loop goes
+over the others, as many at a time. More than 32 rows, or than 2^18 numbers,
+take turns, of which the last one ends with the last row: it may do some again.
+Threads share the turns, and the columns where there are fewer turns than work
+for all.
 
 Rows of floats are quantized by every part for itself: that is less work than to
 wait for one another.
@@ -212,13 +213,13 @@ def _emit(builder, p: _Product, pointers, part) -> None:
 
 def _add_group(builder, p: _Product, at: _Memory, g, tile, sums, later) -> None:
   """Adds s sum_k q w, and o sum_k q, of a group to the sums of a tile."""
-  for rows in ll.groups(p.rows, _ROWS):
+  for rows, soon in _in_turns(builder, p, later):
     start = [
       vector for m in rows for vector in [_start(builder, p, at, m, g)] * 4
     ]
-    products = _products(builder, p, at, (g, tile), rows, start, later)
+    products = _products(builder, p, at, (g, tile), rows, start, soon)
     for m, terms in _terms(builder, p, at, g, tile, rows, products):
-      places = _four(builder, sums, ll.number(m * _COLUMNS))
+      places = _four(builder, sums, ll.index(builder, m, _COLUMNS))
       for place, term in zip(places, terms, strict=True):
         total = builder.fadd(ll.load_vector(builder, place), term)
         ll.store(builder, total, place)
@@ -228,38 +229,52 @@ def _add_integers(
   builder, p: _Product, at: _Memory, block, tile, sums, later
 ) -> None:
   """Adds sum_k q w of a block of the only group to sums of int32."""
-  for rows in ll.groups(p.rows, _ROWS):
+  for rows, soon in _in_turns(builder, p, later):
     places = [
       place
       for m in rows
-      for place in _four(builder, sums, ll.number(m * _COLUMNS))
+      for place in _four(builder, sums, ll.index(builder, m, _COLUMNS))
     ]
     start = [ll.load_vector(builder, place, ll.i32) for place in places]
-    products = _products(builder, p, at, (block, tile), rows, start, later)
+    products = _products(builder, p, at, (block, tile), rows, start, soon)
     for place, vector in zip(places, sum(products, []), strict=True):
       ll.store(builder, vector, place)
+
+
+def _in_turns(builder, p: _Product, later):
+  """Emits what follows for some rows, and for the others in a loop.
+
+  Yields rows, and for the first ones what to ask for later, else None. It is a
+  generator, so that what follows is emitted inside of the loop.
+  """
+  turns = -(-p.rows // _ROWS)
+  size = -(-p.rows // turns)
+  first = p.rows - (turns - 1) * size
+  yield [ll.number(m) for m in range(first)], later
+  if turns > 1:
+    with ll.count(builder, first, p.rows, size) as begin:
+      rows = [builder.add(begin, ll.number(m)) for m in range(size)]
+      yield rows, None
 
 
 def _write(builder, p: _Product, at: _Memory, tile, sums) -> None:
   """Puts the sums of a tile in order and scales them by their rows."""
   kind = ll.f32 if p.groups > 1 else ll.i32
-  for m in range(p.rows):
-    places = _four(builder, sums, ll.number(m * _COLUMNS))
+  with ll.count(builder, 0, p.rows, 1) as m:
+    places = _four(builder, sums, ll.index(builder, m, _COLUMNS))
     vectors = [ll.load_vector(builder, place, kind) for place in places]
     if p.groups == 1:
       start = _start(builder, p, at, m, ll.number(0))
       products = [[builder.add(vector, start) for vector in vectors]]
       (_, vectors), *more = _terms(
-        builder, p, at, ll.number(0), tile, range(m, m + 1), products
+        builder, p, at, ll.number(0), tile, [m], products
       )
       for _, terms in more:
         vectors = [builder.fadd(*two) for two in zip(vectors, terms)]
     scale = ll.load(builder, ll.place(builder, at.x_scales, m), ll.f32)
     scale = ll.spread(builder, scale)
-    index = builder.add(
-      builder.mul(tile, ll.number(_COLUMNS)), ll.number(m * p.columns)
-    )
-    places = _four(builder, at.out, index)
+    column = builder.mul(tile, ll.number(_COLUMNS))
+    places = _four(builder, at.out, ll.index(builder, m, p.columns, column))
     for place, vector in zip(places, _turned(builder, vectors), strict=True):
       ll.store(builder, builder.fmul(vector, scale), place)
 
@@ -306,13 +321,13 @@ def _four(builder, base, index):
   ]
 
 
-def _x_sum(builder, p: _Product, at: _Memory, m: int, g):
+def _x_sum(builder, p: _Product, at: _Memory, m, g):
   """sum_k q of a group of row m."""
-  index = builder.add(g, ll.number(m * p.groups))
+  index = ll.index(builder, m, p.groups, g)
   return ll.load(builder, ll.place(builder, at.x_sums, index, ll.i32), ll.i32)
 
 
-def _start(builder, p: _Product, at: _Memory, m: int, g):
+def _start(builder, p: _Product, at: _Memory, m, g):
   """A vector of what makes up for the bias of weights in sums of a row."""
   total = _x_sum(builder, p, at, m, g)
   total = builder.mul(total, ll.constant(-p.bias, ll.i32))
@@ -322,17 +337,18 @@ def _start(builder, p: _Product, at: _Memory, m: int, g):
 def _products(builder, p: _Product, at: _Memory, now, rows, start, later):
   """Adds sum_k q w of a block and some rows to four vectors of int32 for each.
 
-  `now` and `later` are blocks and tiles: what to multiply, and what to ask for.
+  `now` and `later` are blocks and tiles: what to multiply, and what to ask for;
+  without `later` the weights are those that the rows before have left.
   """
-  again = rows.start > 0
   steps = ll.carry(builder, 0, p.depth, _DEPTH, start)
   with steps as (row, carried, keep):
-    halves = _weights(
-      builder, p, at, row, _four_rows(builder, p, at, *now, row), again
-    )
-    if not again:
+    if later:
+      codes = _four_rows(builder, p, at, *now, row)
+      halves = _weights(builder, p, at, row, codes)
       for place in _four_rows(builder, p, at, *later, row):
         ll.prefetch(builder, place)
+    else:
+      halves = _kept_weights(builder, p, at, row)
     k = row
     if p.packed:
       # Row i of 16 rows of bytes holds rows i and 16 + i of 32.
@@ -343,8 +359,9 @@ def _products(builder, p: _Product, at: _Memory, now, rows, start, later):
     for n, m in enumerate(rows):
       four = carried[4 * n : 4 * n + 4]
       for half, weights in enumerate(halves):
-        offset = ll.number(m * p.inner + half * formats.HALF)
-        place = ll.place(builder, at.x, builder.add(k, offset), ll.i8)
+        column = builder.add(k, ll.number(half * formats.HALF))
+        column = ll.index(builder, m, p.inner, column)
+        place = ll.place(builder, at.x, column, ll.i8)
         values = ll.spread(builder, ll.load(builder, place, ll.i32))
         four = [
           ll.dot4(builder, total, weight, values)
@@ -415,22 +432,28 @@ def _four_rows(builder, p: _Product, at: _Memory, block, tile, row):
   ]
 
 
-def _weights(builder, p: _Product, at: _Memory, row, codes, again: bool):
+def _places(builder, p: _Product, at: _Memory, row):
+  """Where weights of four rows of bytes of a block are kept."""
+  begin = builder.mul(row, ll.number(p.halves * _COLUMNS))
+  return [
+    ll.place(builder, at.kept, builder.add(begin, ll.number(64 * i)), ll.i8)
+    for i in range(p.halves * _DEPTH)
+  ]
+
+
+def _kept_weights(builder, p: _Product, at: _Memory, row):
+  """What `_weights` has kept of the same rows."""
+  places = _places(builder, p, at, row)
+  weights = [ll.load_bytes(builder, place) for place in places]
+  return [weights[i : i + 4] for i in range(0, len(weights), 4)]
+
+
+def _weights(builder, p: _Product, at: _Memory, row, codes):
   """Unsigned weights of four rows of bytes of a tile, for each of their halves.
 
   `row` counts the rows of bytes of the block, and `codes` are their addresses.
-  Where they are kept, they are read `again` from there.
+  They are kept, if there is a place for them.
   """
-  places = None
-  if at.kept:
-    begin = builder.mul(row, ll.number(p.halves * _COLUMNS))
-    places = [
-      ll.place(builder, at.kept, builder.add(begin, ll.number(64 * i)), ll.i8)
-      for i in range(p.halves * _DEPTH)
-    ]
-  if again:
-    weights = [ll.load_bytes(builder, place) for place in places]
-    return [weights[i : i + 4] for i in range(0, len(weights), 4)]
   codes = _interleaved(builder, [ll.load_bytes(builder, a) for a in codes])
   every = lambda value: ll.constant([value] * 64, codes[0].type)
   if p.packed:
@@ -442,7 +465,8 @@ def _weights(builder, p: _Product, at: _Memory, row, codes, again: bool):
     ]
   else:
     halves = [[builder.xor(vector, every(0x80)) for vector in codes]]
-  if places:
+  if at.kept:
+    places = _places(builder, p, at, row)
     for weight, place in zip(sum(halves, []), places, strict=True):
       ll.store(builder, weight, place)
   return halves

@@ -190,3 +190,32 @@ def test_costs_that_are_measured_again_are_combined(lm, monkeypatch):
   assert engine_lib.measured_costs(*where).tolist() == [3, 6]
   assert engine_lib.measure_costs(*where).tolist() == [2, 6]
   assert engine_lib.measured_costs(*where).tolist() == [2, 5]
+
+
+@pytest.mark.parametrize('drafter', ['n-gram', 'eagle'])
+def test_costs_are_those_of_a_text_that_nobody_read(lm, drafter, monkeypatch):
+  """Reading one in every turn would take longer than the rounds."""
+  seen = []
+
+  def measure(decoder, weights, state, *, rounds, repeats):
+    seen.append(state)
+    return np.ones(len(decoder.schedule.lengths))
+
+  monkeypatch.setattr(engine_lib.cost_table, 'measure', measure)
+  heads = _draft(lm) if drafter == 'eagle' else None
+  engine = engine_lib.prepare(
+    lm, drafter=drafter, heads=heads, draft_length=1, stop=False
+  )
+  engine_lib.measure_costs(engine, sampling.GREEDY, 2, 128)
+  (state,) = seen
+  own = [state.draft.cache] if drafter == 'eagle' else []
+  assert state.length.tolist() == [64, 64]
+  assert len(set(state.tokens[0].tolist())) > 20
+  for cache in (state.cache, *own):
+    # As after a prompt: all but the last token count as read.
+    assert cache.length.tolist() == [63, 63]
+    assert not any(np.asarray(x).any() for x in jax.tree.leaves(cache.keys))
+  # The loop takes it: none of its arrays is given away twice.
+  after = engine_lib.run(engine, state, rounds=2)
+  assert after.counters.runs.tolist() == [2, 2]
+  assert (after.length > 64).all()
