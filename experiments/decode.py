@@ -54,12 +54,15 @@ def experiment(
     for batch in config.batches
     for place, group in enumerate(decoding.batches(group_of, batch))
   ]
-  facts, records = {}, []
+  peaks, records = {}, []
   for name, batch, place, group in display.track(cases, 'decoding'):
 
-    def make(batch=batch, group=group):
-      if batch not in facts:
-        facts[batch] = decoding.warm_up(methods, batch, slots, settings)
+    def make(name=name, batch=batch, group=group):
+      where = batch, slots, settings
+      if batch not in peaks:
+        peaks[batch] = decoding.warm_up(methods, *where)
+      turns = decode_rows.turns_beside(len(texts[name]), batch)
+      turns = decoding.time_rounds(methods, *where, turns=turns)
       measured = decoding.measure(
         methods,
         [ids for _, ids in group],
@@ -71,13 +74,13 @@ def experiment(
       )
       plain = measured[decoding.BASELINE]
       return {
-        'facts': facts[batch],
+        'peak_bytes': peaks[batch],
+        'turns': turns,
         'methods': {m: decoding.record(measured[m], plain) for m in measured},
       }
 
     record = workdir.row(f'{name}/{batch}/{place}', make)
-    categories = {prompt.category for prompt, _ in group}
-    records.append((name, batch, categories, record))
+    records.append((name, batch, {p.category for p, _ in group}, record))
     workdir.log({'case': f'{name}/{batch}/{place}', **record['methods']})
 
   rows = decode_rows.summarize(methods, records, config)

@@ -39,14 +39,16 @@ def summarize(methods, records, config) -> list[dict]:
   return rows
 
 
+def turns_beside(prompts: int, batch: int) -> int:
+  """Turns of rounds to time beside each case: at least three for all."""
+  return -(-3 // max(1, prompts // batch))
+
+
 def row(method, part, batch, records, config) -> dict:
   """One method on one set of prompts."""
-  facts = records[0]['facts']
-  seconds = {
-    m: {int(g): s for g, s in f['round_seconds'].items()}
-    for m, f in facts.items()
-  }
-  peak = facts[method.name]['peak_bytes']
+  turns = [turn for record in records for turn in record['turns']]
+  seconds = decoding.round_seconds(turns)
+  peak = records[0]['peak_bytes'][method.name]
   lengths = method.engine.decoder.schedule.lengths
   length = lengths[0] if len(lengths) == 1 else method.force_length
   return {

@@ -193,10 +193,15 @@ def measure_speed(lm: LanguageModel, config) -> dict:
   slots = config.prompt + 2 * kv_cache.BLOCK
   cache = kv_cache.init(lm.config, 1, slots, dtype)
 
-  read = functools.partial(_read, apply, lm.params)
+  after = {}  # what was read last is written on
+
+  def read():
+    after['prompt'] = _read(apply, lm.params, prompt, cache)
+    return after['prompt']
+
   write = functools.partial(_write, apply, config.steps, lm.params)
-  prefill = speed.measure(read, prompt, cache, repeats=config.repeats)
-  decode = speed.measure(write, *read(prompt, cache), repeats=config.repeats)
+  prefill = speed.measure(read, repeats=config.repeats)
+  decode = speed.measure(write, *after['prompt'], repeats=config.repeats)
   return {
     'prefill_tokens_per_second': config.prompt / prefill.median_seconds,
     'decode_tokens_per_second': config.steps / decode.median_seconds,

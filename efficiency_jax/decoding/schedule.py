@@ -9,6 +9,11 @@ token of a row is worth `(remaining / most remaining) ^ urgency`: tokens that a
 row wins while others are behind it end nothing sooner. Length 0 is plain
 decoding, so a row that accepts nothing soon costs what plain decoding costs.
 
+Nor does a prompt pay for the tries: a round is run only if it may fail and the
+time since the beginning is still within (1 + loss) of what plain decoding would
+have taken to come as far (`affordable`). By the table of costs no generation is
+slower than that, whatever the drafts are.
+
 The choice looks at committed tokens and past verdicts only. A rule that looked
 at the draft to decide how much of it to verify would bias sampled text.
 """
@@ -39,6 +44,7 @@ class Schedule:
     recovery: What every round leaves of all counts.
     margin: What a draft must promise beyond plain decoding, as a share: costs
       and acceptance are estimates, and plain decoding never loses.
+    loss: What drafts may cost beyond plain decoding, as a share of its time.
     urgency: How fast the worth of a token falls with its row's lead over the
       slowest row; 0 counts all tokens alike, which is right where rows that end
       are replaced.
@@ -50,6 +56,7 @@ class Schedule:
   decay: float = 0.85
   recovery: float = 0.995
   margin: float = 0.05
+  loss: float = 0.05
   urgency: float = 16.0
 
   def __post_init__(self):
@@ -59,8 +66,9 @@ class Schedule:
       )
     if tuple(sorted(set(self.lengths))) != self.lengths:
       raise ValueError(f'draft lengths must ascend, got {self.lengths}.')
-    if self.urgency < 0:
-      raise ValueError(f'urgency must be >= 0, got {self.urgency}.')
+    for name in ('urgency', 'loss'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'{name} must be >= 0, got {getattr(self, name)}.')
     if not all(0 < p < 1 for p in self.prior) or not self.prior:
       raise ValueError(f'prior must be inside (0, 1), got {self.prior}.')
 
@@ -108,6 +116,7 @@ def choose(
   remaining: jax.Array,  # [B] int32, tokens left in the budget; 0 is done
   costs: jax.Array,  # [len(lengths)] seconds of one round
   heights: Sequence[int] | None = None,
+  allowed: jax.Array | None = None,  # [len(lengths)] bool; None allows all
 ) -> jax.Array:
   """Index into `schedule.lengths` of the best expected rate: [] int32.
 
@@ -130,4 +139,31 @@ def choose(
   tokens = cost_model.expected_tokens(jnp.minimum(alpha, 0.999), usable)
   rate = (worth * tokens).sum(0) / costs
   rate = jnp.where(lengths == 0, rate * (1 + schedule.margin), rate)
+  if allowed is not None:
+    rate = jnp.where(allowed, rate, -1.0)
   return jnp.argmax(rate).astype(jnp.int32)
+
+
+def affordable(
+  schedule: Schedule,
+  costs: jax.Array,  # [len(lengths)] seconds of one round
+  rounds: jax.Array,  # [len(lengths)] int32, those since the beginning
+  emitted: jax.Array,  # [B] int32, tokens since the beginning
+  live: jax.Array,  # [B] bool, rows that go on
+) -> jax.Array:
+  """Lengths whose next round keeps drafts from being a loss: [len(lengths)].
+
+  With c_G = costs[G] / costs[0], S = sum_G rounds[G] c_G, the time so far in
+  plain rounds, and e the tokens of the live row that has fewest,
+
+      S + c_G <= (1 + loss) (e + 1)
+
+  for a row gains one token at least. Plain decoding needs as many rounds as the
+  row that ends last has tokens, and at its last round that row was live. The
+  first length, plain decoding, may always be run: it keeps what holds.
+  """
+  relative = costs / costs[0]
+  fewest = jnp.where(live, emitted, jnp.iinfo(jnp.int32).max - 1).min()
+  spent = (rounds * relative).sum()
+  within = spent + relative <= (1 + schedule.loss) * (fewest + 1)
+  return within.at[0].set(True)

@@ -216,6 +216,14 @@ def run(
       jnp.where(state.done, 0, state.limit - state.length),
       costs,
       heights,
+      schedule_lib.affordable(
+        decoder.schedule,
+        costs,
+        state.counters.chosen,
+        # Of a row that goes on nothing was cut off.
+        state.counters.runs + state.counters.accepted,
+        ~state.done,
+      ),
     )
     last = len(lengths) - 1
     return jnp.where(forced >= 0, jnp.minimum(forced, last), chosen)

@@ -17,7 +17,6 @@ from efficiency_jax.engine import Engine
 from efficiency_jax.generation import Generation
 
 BASELINE = 'plain'
-_TURNS = 3  # in which costs are measured, twice each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,17 +69,14 @@ def warm_up(
   batch: int,
   slots: int,
   settings: Mapping[str, Any],
-) -> dict[str, dict[str, Any]]:
-  """Compiles all that `measure` will run for a batch size.
-
-  The costs of rounds are measured in turns and compared within a turn, so that
-  a slow moment of the machine is no method's alone.
+) -> dict[str, int | None]:
+  """Compiles all that `measure` and `time_rounds` will run for a batch size.
 
   Returns:
-    For each method its `peak_bytes` (weights, cache and scratch of the compiled
-    loop) and `round_seconds`, the measured cost of each compiled draft length.
+    For each method its peak bytes: weights, cache and scratch of the compiled
+    loop; None where the compiler does not tell.
   """
-  facts = {}
+  peaks = {}
   made = sampling.make(batch, **settings)
   for method in methods:
     prompts = [[0]] * batch
@@ -95,43 +91,63 @@ def warm_up(
     memory = engine_lib.compiled(
       method.engine, made, batch, slots
     ).memory_analysis()
-    peak = None
+    peaks[method.name] = None
     if memory is not None:
-      peak = (
+      peaks[method.name] = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
       )
-    facts[method.name] = {'peak_bytes': peak}
-  for name, costs in _round_seconds(methods, made, batch, slots).items():
-    facts[name]['round_seconds'] = costs
-  return facts
+  return peaks
 
 
-def _round_seconds(methods, made, batch, slots) -> dict[str, dict[int, float]]:
-  """Of each draft length of each method; all are compared with the first."""
+def time_rounds(
+  methods: Sequence[Method],
+  batch: int,
+  slots: int,
+  settings: Mapping[str, Any],
+  *,
+  turns: int = 1,
+) -> list[dict[str, dict[int, float]]]:
+  """Seconds of a round of each draft length of each method, in each turn.
+
+  What a round costs over a plain step moves with the machine, so turns belong
+  beside the decoding that they are to predict. They also go into the table that
+  schedules decide by.
+  """
+  made = sampling.make(batch, **settings)
   engines = {id(method.engine): method.engine for method in methods}
-  turns = [
-    [
-      engine_lib.measure_costs(engine, made, batch, slots, repeats=2)
-      for engine in engines.values()
-    ]
-    for _ in range(_TURNS)
-  ]
-  costs = cost_table.combined([np.concatenate(turn) for turn in turns])
-  ends = np.cumsum([len(table) for table in turns[0]])
-  tables = dict(zip(engines, np.split(costs, ends[:-1]), strict=True))
-  return {
-    method.name: dict(
+
+  def turn():
+    tables = {
+      key: engine_lib.measure_costs(engine, made, batch, slots, repeats=1)
+      for key, engine in engines.items()
+    }
+    named = lambda engine: dict(
       zip(
-        method.engine.decoder.schedule.lengths,
-        tables[id(method.engine)].tolist(),
+        engine.decoder.schedule.lengths,
+        tables[id(engine)].tolist(),
         strict=True,
       )
     )
-    for method in methods
-  }
+    return {method.name: named(method.engine) for method in methods}
+
+  return [turn() for _ in range(turns)]
+
+
+def round_seconds(
+  turns: Sequence[Mapping[str, Mapping[int | str, float]]],
+) -> dict[str, dict[int, float]]:
+  """One table of those of several turns; methods are compared within a turn."""
+  every = [(name, g) for name, table in turns[0].items() for g in table]
+  costs = cost_table.combined(
+    [[turn[name][g] for name, g in every] for turn in turns]
+  )
+  found = {name: {} for name, _ in every}
+  for (name, g), seconds in zip(every, costs.tolist(), strict=True):
+    found[name][int(g)] = seconds
+  return found
 
 
 def record(result: Generation, baseline: Generation) -> dict[str, Any]:

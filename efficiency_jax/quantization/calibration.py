@@ -9,7 +9,7 @@ path of its weight, a few sums are kept. No model knows of it: Flax lets a
 function see the calls of modules.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 import dataclasses
 from typing import Any, Literal
 
@@ -24,6 +24,9 @@ from efficiency_jax.types import Params
 _STEPS, _OCTAVES = 64, 40
 _BINS = _STEPS * _OCTAVES
 
+# Statistics that take as long as a product, or longer.
+COSTLY = ('gram', 'histogram')
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,46 +35,53 @@ class Inputs:
 
   Attributes:
     rows: [] float32, how many there were.
-    gram: [K, K] float32, the sum of x x'.
+    gram: [K, K] float32, the sum of x x'; None where it is not wanted.
     sizes: [K] float32, the sum of |x|.
     largest: [K] float32, the largest |x|.
-    histogram: [2560] float32, how many |x| there were of each size.
+    histogram: [2560] float32, how many |x| there were of each size, or None.
     batch_largest: [batches] float32, the largest |x| of each batch.
   """
 
   rows: jax.Array
-  gram: jax.Array
+  gram: jax.Array | None
   sizes: jax.Array
   largest: jax.Array
-  histogram: jax.Array
+  histogram: jax.Array | None
   batch_largest: jax.Array
 
 
-def inputs(x: jax.Array) -> Inputs:
-  """Statistics of one batch [..., K]."""
+def inputs(x: jax.Array, costly: Collection[str] = COSTLY) -> Inputs:
+  """Statistics of one batch [..., K]; of the `costly` ones those named."""
   x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
   size = jnp.abs(x)
-  place = _STEPS * (jnp.log2(jnp.maximum(size, 1e-30)) + _OCTAVES // 2)
-  place = jnp.clip(jnp.ceil(place), 0, _BINS - 1).astype(jnp.int32)
-  counts = jnp.bincount(place.reshape(-1), length=_BINS)
+  gram = histogram = None
+  if 'gram' in costly:
+    gram = jnp.matmul(x.T, x, precision='highest')
+  if 'histogram' in costly:
+    place = _STEPS * (jnp.log2(jnp.maximum(size, 1e-30)) + _OCTAVES // 2)
+    place = jnp.clip(jnp.ceil(place), 0, _BINS - 1).astype(jnp.int32)
+    counts = jnp.bincount(place.reshape(-1), length=_BINS)
+    histogram = counts.astype(jnp.float32)
   return Inputs(
     rows=jnp.float32(len(x)),
-    gram=jnp.matmul(x.T, x, precision='highest'),
+    gram=gram,
     sizes=size.sum(0),
     largest=size.max(0),
-    histogram=counts.astype(jnp.float32),
+    histogram=histogram,
     batch_largest=size.max()[None],
   )
 
 
+@jax.jit
 def merge(a: Inputs, b: Inputs) -> Inputs:
   """Statistics of two batches together."""
+  add = lambda x, y: None if x is None else x + y
   return Inputs(
     rows=a.rows + b.rows,
-    gram=a.gram + b.gram,
+    gram=add(a.gram, b.gram),
     sizes=a.sizes + b.sizes,
     largest=jnp.maximum(a.largest, b.largest),
-    histogram=a.histogram + b.histogram,
+    histogram=add(a.histogram, b.histogram),
     batch_largest=jnp.concatenate([a.batch_largest, b.batch_largest]),
   )
 

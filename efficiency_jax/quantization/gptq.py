@@ -38,6 +38,7 @@ class Gptq:
   integers: absmax.Integers
   damping: float = 0.01
   calibrated: bool = dataclasses.field(default=True, init=False)
+  statistics: tuple[str, ...] = dataclasses.field(default=('gram',), init=False)
 
   def __post_init__(self):
     if self.integers.per == 'tensor':

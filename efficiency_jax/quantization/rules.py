@@ -28,7 +28,8 @@ class Method(Protocol):
   """A way to store a matrix.
 
   One that depends on what the matrix multiplies has an attribute `calibrated`
-  that is True, and takes `calibration.Inputs` as a second argument.
+  that is True, and takes `calibration.Inputs` as a second argument. Which of
+  the costly ones it reads is in `statistics`, if it has that.
   """
 
   def __call__(

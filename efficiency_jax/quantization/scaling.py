@@ -38,6 +38,7 @@ class Awq:
   integers: absmax.Integers
   choices: int = 20
   calibrated: bool = dataclasses.field(default=True, init=False)
+  statistics: tuple[str, ...] = dataclasses.field(default=('gram',), init=False)
 
   @property
   def name(self) -> str:
@@ -65,6 +66,7 @@ class SmoothQuant:
   integers: absmax.Integers = absmax.Integers(activation=leaves.Activation())
   alpha: float = 0.5
   calibrated: bool = dataclasses.field(default=True, init=False)
+  statistics: tuple[str, ...] = dataclasses.field(default=(), init=False)
 
   def __post_init__(self):
     if not 0 <= self.alpha <= 1:

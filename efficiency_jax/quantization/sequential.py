@@ -58,13 +58,17 @@ def quantize(
   new, reports = _quantized(rest, methods, None)
   embed = jax.jit(transformer.embed_fn(config))
   xs = [embed(new, jnp.asarray(batch, jnp.int32)) for batch in batches]
+  calibrated = [m for m in methods.values() if getattr(m, 'calibrated', False)]
+  costly = frozenset().union(
+    *(getattr(m, 'statistics', calibration.COSTLY) for m in calibrated)
+  )
   # Blocks with the same window are one program, compiled once.
   first = {}
   for layer, name in enumerate(blocks):
     like = first.setdefault(config.window(layer), layer)
-    see, run = _programs(config, like)
+    see, run = _programs(config, like, costly)
     inputs = {}
-    if any(getattr(m, 'calibrated', False) for m in methods.values()):
+    if calibrated:
       total = calibration.total(see(params[name], x) for x in xs)
       inputs = {f'{name}/{path}': of for path, of in total.items()}
     block, more = _quantized({name: params[name]}, methods, inputs)
@@ -79,10 +83,11 @@ def quantize(
 
 
 @functools.cache
-def _programs(config: DecoderConfig, layer: int):
+def _programs(config: DecoderConfig, layer: int, costly: frozenset[str]):
   """What a block multiplies, and what it makes of x; both compiled."""
   run = transformer.block_fn(config, layer)
-  return jax.jit(calibration.captured(run, calibration.inputs)), jax.jit(run)
+  statistic = functools.partial(calibration.inputs, costly=costly)
+  return jax.jit(calibration.captured(run, statistic)), jax.jit(run)
 
 
 def _quantized(tree: Params, methods, inputs):

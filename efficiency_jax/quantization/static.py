@@ -28,6 +28,9 @@ class Static:
   )
   mode: calibration.Mode = 'absmax'
   calibrated: bool = dataclasses.field(default=True, init=False)
+  statistics: tuple[str, ...] = dataclasses.field(
+    default=('histogram',), init=False
+  )
 
   def __post_init__(self):
     how = self.integers.activation

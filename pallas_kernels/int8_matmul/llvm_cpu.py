@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from pallas_kernels import llvm_cpu
 from pallas_kernels import llvm_ir as ll
 from pallas_kernels.dequant_matmul import formats
-from pallas_kernels.int8_matmul import reference
+from pallas_kernels.int8_matmul import llvm_cpu_rows
 
 _MOST_ROWS = 32  # of a turn
 # What a thread has on its stack: quantized rows, and a tile of weights.
@@ -195,7 +195,9 @@ def _emit(builder, p: _Product, pointers, part) -> None:
     if others:
       others = row(others[0], 1), row(others[1], p.groups, ll.i32)
     out = row(out, p.columns)
-  x, x_scales, x_sums = (x, *others) if others else _quantized(builder, x, p)
+  if not others:
+    x, *others = llvm_cpu_rows.quantized(builder, x, p.rows, p.inner, p.groups)
+  x_scales, x_sums = others
   kept = None
   if p.rows > _ROWS:
     kept = ll.room(builder, p.block * _COLUMNS, ll.i8)
@@ -370,55 +372,6 @@ def _products(builder, p: _Product, at: _Memory, now, rows, start, later):
       new += four
     keep(new)
   return [carried[4 * n : 4 * n + 4] for n in range(len(rows))]
-
-
-def _quantized(builder, x, p: _Product):
-  """int8 rows, their scales and sums of groups; as `reference` does."""
-  values = ll.room(builder, p.rows * p.inner, ll.i8)
-  scales = ll.room(builder, p.rows)
-  totals = ll.room(builder, p.rows * p.groups, ll.i32)
-  lanes = ll.lanes()
-  with ll.count(builder, 0, p.rows, 1) as m:
-    line = builder.mul(m, ll.number(p.inner))
-    steps = ll.carry(builder, 0, p.inner, lanes, [ll.zeros(ll.i32)])
-    with steps as (k, largest, keep):
-      place = ll.place(builder, x, builder.add(line, k))
-      size = ll.apply(builder, 'fabs', ll.load_vector(builder, place))
-      # The bits of numbers that are not negative are ordered as they are, with
-      # NaN above all, and integers are compared in one step.
-      bits = builder.bitcast(size, ll.vector_of(ll.i32))
-      keep([ll.apply(builder, 'umax', largest[0], bits)])
-    largest = ll.apply(builder, 'vector.reduce.umax', largest[0])
-    largest = builder.bitcast(largest, ll.f32)
-    scale = builder.fmul(largest, ll.constant(1 / reference.LARGEST))
-    tiny = builder.fcmp_ordered('<', scale, ll.constant(formats.SMALLEST))
-    scale = builder.select(tiny, ll.constant(1.0), scale)
-    ll.store(builder, scale, ll.place(builder, scales, m))
-    inverse = builder.fdiv(ll.constant(1.0), scale)
-    inverse = ll.spread(builder, inverse)
-    with ll.count(builder, 0, p.groups, 1) as g:
-      begin = builder.add(line, builder.mul(g, ll.number(p.group)))
-      steps = ll.carry(builder, 0, p.group, lanes, [ll.zeros(ll.i32)])
-      with steps as (k, sums, keep):
-        index = builder.add(begin, k)
-        vector = ll.load_vector(builder, ll.place(builder, x, index))
-        whole = _rounded(builder, builder.fmul(vector, inverse))
-        narrow = builder.trunc(whole, ll.vector_of(ll.i8))
-        ll.store(builder, narrow, ll.place(builder, values, index, ll.i8))
-        keep([builder.add(sums[0], whole)])
-      total = ll.apply(builder, 'vector.reduce.add', sums[0])
-      index = builder.add(builder.mul(m, ll.number(p.groups)), g)
-      ll.store(builder, total, ll.place(builder, totals, index, ll.i32))
-  return values, scales, totals
-
-
-def _rounded(builder, ratio):
-  """A vector of float32 to the nearest int32 in -127 .. 127."""
-  ratio = ll.apply(builder, 'roundeven', ratio)
-  for name, bound in (('minnum', 127.0), ('maxnum', -127.0)):
-    bound = ll.spread(builder, ll.constant(bound))
-    ratio = ll.apply(builder, name, ratio, bound)
-  return builder.fptosi(ratio, ll.vector_of(ll.i32))
 
 
 def _four_rows(builder, p: _Product, at: _Memory, block, tile, row):

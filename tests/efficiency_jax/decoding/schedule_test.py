@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 from efficiency_jax.decoding import cost_model
+from efficiency_jax.decoding import drafters
 from efficiency_jax.decoding import schedule
+from efficiency_jax.decoding import speculative
+from efficiency_jax.models import cache as kv_cache
+from efficiency_jax.models import transformer
+from tests import fixtures
 
 
 def _observe(rule, estimate, kind, accepted, tested, times=1):
@@ -118,6 +123,73 @@ def test_failures_lead_to_plain_decoding_and_time_to_another_try():
   assert choose(estimate) == 1
 
 
+@pytest.mark.parametrize('seed', range(8))
+def test_no_generation_is_a_loss_whatever_is_accepted(seed):
+  """Rows of random budgets and luck: time within 1.05 of plain decoding's."""
+  rng = np.random.default_rng(seed)
+  lengths = (0, 1, 3, 7)
+  # It believes in every draft, so that only what is affordable holds it back.
+  rule = schedule.Schedule(lengths=lengths, prior=(0.99,), prior_weight=1e6)
+  costs = np.array([1.0, *np.sort(1 + 1.5 * rng.random(3))])
+  batch = int(rng.integers(1, 5))
+  limit, luck = rng.integers(1, 200, batch), rng.random(batch) ** 4
+  emitted, rounds = np.zeros(batch, int), np.zeros(4, int)
+  while (emitted < limit).any():
+    live = emitted < limit
+    fits = schedule.affordable(
+      rule, *map(jnp.asarray, (costs, rounds, emitted, live))
+    )
+    chosen = int(
+      schedule.choose(
+        rule,
+        schedule.init(batch, 1),
+        jnp.zeros(batch, int),
+        jnp.full(batch, 99),
+        jnp.asarray(np.where(live, limit - emitted, 0)),
+        jnp.asarray(costs),
+        allowed=fits,
+      )
+    )
+    rounds[chosen] += 1
+    won = (rng.random((batch, lengths[chosen])) < luck[:, None]).cumprod(1)
+    emitted += np.where(live, 1 + won.sum(1), 0)
+    emitted = np.minimum(emitted, limit)
+    # Of the live rows of this round the last one to end may be any.
+    assert (
+      rounds @ costs <= 1.05 * emitted[live].min() * (1 + 1e-6)
+      or (emitted[live] == limit[live]).any()
+    )
+  assert rounds @ costs <= 1.05 * emitted.max() * (1 + 1e-6)
+  assert rounds[0] < rounds.sum() or limit.max() < 30
+
+
+def test_the_loop_keeps_its_drafts_affordable():
+  """A draft model that guesses at random, in which the schedule believes."""
+  config, draft = fixtures.config(), fixtures.config(num_layers=1)
+  weights = drafters.Weights(fixtures.params(config), fixtures.params(draft, 1))
+  costs, rounds = np.array([1.0, 1.4]), {}
+  for loss in (0.05, 1e6):
+    decoder = speculative.Decoder(
+      apply=transformer.apply_fn(config),
+      drafter=drafters.DraftModel(
+        apply=transformer.apply_fn(draft),
+        init_cache=kv_cache.initializer(draft),
+      ),
+      schedule=schedule.Schedule(
+        lengths=(0, 1), prior=(0.99,), prior_weight=1e6, loss=loss
+      ),
+    )
+    state = fixtures.begin(decoder, weights, config, [[1, 2, 3], [4]], [40, 24])
+    state = fixtures.proceed(decoder, weights, state, costs=costs)
+    rounds[loss] = np.asarray(state.counters.chosen)
+    plain = int((state.length - np.array([3, 1])).max())
+    assert plain == 40
+    assert (rounds[loss] @ costs <= 1.05 * plain) == (loss == 0.05)
+  # It drafts as soon as failing is affordable, and else always.
+  assert 3 <= rounds[0.05][1] < rounds[1e6][1]
+  assert rounds[1e6][0] == 0
+
+
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
@@ -126,6 +198,7 @@ def test_failures_lead_to_plain_decoding_and_time_to_another_try():
     ({'lengths': (3, 1)}, 'must ascend'),
     ({'lengths': (1, 1)}, 'must ascend'),
     ({'urgency': -1.0}, 'urgency must be >= 0'),
+    ({'loss': -0.1}, 'loss must be >= 0'),
     ({'prior': (0.0,)}, 'prior must be inside'),
     ({'prior': ()}, 'prior must be inside'),
     ({'prior': (0.5, 1.0)}, 'prior must be inside'),

@@ -49,6 +49,7 @@ _ADAPTING = {
   'prior_weight': 2.0,
   'decay': 0.85,
   'recovery': 0.995,
+  'loss': 9.0,  # any length may be tried at once
 }
 
 

@@ -1,5 +1,6 @@
 """Costs of rounds, compared between methods; decode_test runs the rest."""
 
+import json
 import types
 
 import numpy as np
@@ -29,7 +30,11 @@ def test_costs_are_compared_within_a_turn(monkeypatch):
     'measure_costs',
     lambda engine, *_, **__: next(slowness) * np.array(costs[id(engine)]),
   )
-  found = decoding._round_seconds(methods, None, 1, 128)
+  where = 1, 128, {'temperature': 0.0}
+  turns = decoding.time_rounds(methods, *where, turns=3)
+  # As from a file: JSON's keys are strings.
+  turns = json.loads(json.dumps(turns))
+  found = decoding.round_seconds(turns)
   assert found['plain'] == pytest.approx({0: 1.0})
   assert found['n-gram'] == pytest.approx({0: 1.1, 3: 1.5})
   assert found['n-gram, 3'] == found['n-gram']

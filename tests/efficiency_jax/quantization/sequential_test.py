@@ -59,6 +59,23 @@ def test_a_block_is_calibrated_on_quantized_blocks_before_it():
   assert not np.allclose(seen.inputs[1].gram, gram, rtol=1e-2)
 
 
+def test_what_no_method_reads_is_not_computed():
+  """Sums that take as long as the block itself."""
+  for wanted in ((), ('gram',), ('histogram',), calibration.COSTLY):
+    seen = _Seen()
+    seen.statistics = wanted
+    sequential.quantize(
+      _CONFIG, _PARAMS, [('ffn/down/kernel', seen)], _BATCHES, tokens=128
+    )
+    for inputs in seen.inputs:
+      found = [
+        name for name in calibration.COSTLY if getattr(inputs, name) is not None
+      ]
+      assert tuple(found) == wanted
+      assert inputs.rows == 128
+      assert (inputs.largest > 0).all()
+
+
 def test_without_calibration_it_is_plain_quantization():
   given = [('layers_1/', None), ('kernel', _INT3), ('table', Integers())]
   one, report = sequential.quantize(_CONFIG, _PARAMS, given, _BATCHES, tokens=1)
