@@ -57,12 +57,12 @@ def experiment(
   peaks, records = {}, []
   for name, batch, place, group in display.track(cases, 'decoding'):
 
-    def make(name=name, batch=batch, group=group):
+    def make(name=name, batch=batch, place=place, group=group):
       where = batch, slots, settings
       if batch not in peaks:
         peaks[batch] = decoding.warm_up(methods, *where)
-      turns = decode_rows.turns_beside(len(texts[name]), batch)
-      turns = decoding.time_rounds(methods, *where, turns=turns)
+      times = decode_rows.times(len(texts[name]), batch)
+      turns = decoding.time_rounds(methods, *where, turns=times)
       measured = decoding.measure(
         methods,
         [ids for _, ids in group],
@@ -70,13 +70,13 @@ def experiment(
         slots=slots,
         settings=settings,
         seed=config.seed,
-        repeats=config.repeats,
+        repeats=max(config.repeats, times),
+        backwards=place % 2 == 1,
       )
-      plain = measured[decoding.BASELINE]
       return {
         'peak_bytes': peaks[batch],
         'turns': turns,
-        'methods': {m: decoding.record(measured[m], plain) for m in measured},
+        'methods': decoding.records(measured),
       }
 
     record = workdir.row(f'{name}/{batch}/{place}', make)

@@ -39,9 +39,9 @@ def summarize(methods, records, config) -> list[dict]:
   return rows
 
 
-def turns_beside(prompts: int, batch: int) -> int:
-  """Turns of rounds to time beside each case: at least three for all."""
-  return -(-3 // max(1, prompts // batch))
+def times(prompts: int, batch: int) -> int:
+  """Times to measure each case of a set: twice where there is only one."""
+  return 1 if prompts // batch > 1 else 2
 
 
 def row(method, part, batch, records, config) -> dict:

@@ -37,16 +37,18 @@ def measure(
   settings: Mapping[str, Any],
   seed: int = 0,
   repeats: int = 1,
+  backwards: bool = False,
 ) -> dict[str, Generation]:
   """Decodes one batch with every method in turn; the median run of each.
 
   The methods take turns, forwards and backwards, so that a machine that slows
-  down slows all of them. Compile first (`warm_up`): nothing here tells
-  compilation from decoding.
+  down slows all of them; the first turn may be one `backwards`. Compile first
+  (`warm_up`): nothing here tells compilation from decoding.
   """
   runs: dict[str, list[Generation]] = {method.name: [] for method in methods}
   for repeat in range(repeats):
-    for method in methods if repeat % 2 == 0 else reversed(methods):
+    turned = (repeat + backwards) % 2
+    for method in reversed(methods) if turned else methods:
       runs[method.name].append(
         generation.generate(
           method.engine,
@@ -148,6 +150,12 @@ def round_seconds(
   for (name, g), seconds in zip(every, costs.tolist(), strict=True):
     found[name][int(g)] = seconds
   return found
+
+
+def records(measured: Mapping[str, Generation]) -> dict[str, dict[str, Any]]:
+  """The `record` of each method."""
+  plain = measured[BASELINE]
+  return {name: record(result, plain) for name, result in measured.items()}
 
 
 def record(result: Generation, baseline: Generation) -> dict[str, Any]:

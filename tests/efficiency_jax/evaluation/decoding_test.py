@@ -38,3 +38,29 @@ def test_costs_are_compared_within_a_turn(monkeypatch):
   assert found['plain'] == pytest.approx({0: 1.0})
   assert found['n-gram'] == pytest.approx({0: 1.1, 3: 1.5})
   assert found['n-gram, 3'] == found['n-gram']
+
+
+@pytest.mark.parametrize('backwards', [False, True])
+def test_methods_take_turns_forwards_and_backwards(backwards, monkeypatch):
+  """The first one of a turn is often the slowest, so it is not always one."""
+  order = []
+
+  def generate(engine, *_, **__):
+    order.append(engine)
+    return types.SimpleNamespace(decode_seconds=len(order), number=len(order))
+
+  monkeypatch.setattr(decoding.generation, 'generate', generate)
+  methods = [decoding.Method(name=name, engine=name) for name in 'abc']
+  found = decoding.measure(
+    methods,
+    [[1]],
+    max_new_tokens=1,
+    slots=8,
+    settings={},
+    repeats=3,
+    backwards=backwards,
+  )
+  turns = ['abc', 'cba', 'abc'] if not backwards else ['cba', 'abc', 'cba']
+  assert ''.join(order) == ''.join(turns)
+  # The median of three runs is the second.
+  assert found['a'].number == (6 if not backwards else 4)
