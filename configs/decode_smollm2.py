@@ -8,8 +8,8 @@ batch 1 and 8. `configs/decode_smollm2.py:demo` is what `make demo` runs: 8
 problems, 40 tokens, n-grams and the trained drafts that come with the package.
 
 Hardware: two CPU cores, 4 GB of memory. The demo takes 4 to 5 minutes with
-compilation, the whole run some 75 minutes. Expect 1.3x plain on
-HumanEval and 1.1x on MT-bench at batch 1, about plain's speed at batch 8, and
+compilation, the whole run 75 to 90. Expect 1.3x to 1.6x plain on HumanEval and
+1.1x on MT-bench at batch 1 with n-grams, about plain's speed at batch 8, and
 every row exact.
 """
 
