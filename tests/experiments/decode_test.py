@@ -43,10 +43,32 @@ def _two_lengths():
 
 
 @pytest.fixture(scope='module')
-def finished(tmp_path_factory) -> pathlib.Path:
+def orders() -> list[tuple[int, bool]]:
+  """How often each case was decoded, and whether backwards at first."""
+  return []
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory, orders) -> pathlib.Path:
   workdir = tmp_path_factory.mktemp('runs') / 'tiny'
-  start(workdir)
+  measure = decode.decoding.measure
+
+  def watched(*args, **options):
+    orders.append((options['repeats'], options['backwards']))
+    return measure(*args, **options)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(decode.decoding, 'measure', watched)
+    start(workdir)
   return workdir
+
+
+def test_no_method_is_always_the_first(finished, orders):
+  """Cases go both ways in turn, and the one of batch 2, alone, does so too."""
+  assert orders == [(1, False), (1, True), (2, False)]
+  lines = (finished / 'rows.jsonl').read_text().splitlines()
+  turns = [len(json.loads(line)['row']['turns']) for line in lines]
+  assert turns == [1, 1, 2]
 
 
 def test_rows_carry_what_readers_compare(finished):

@@ -154,12 +154,8 @@ def test_no_generation_is_a_loss_whatever_is_accepted(seed):
     won = (rng.random((batch, lengths[chosen])) < luck[:, None]).cumprod(1)
     emitted += np.where(live, 1 + won.sum(1), 0)
     emitted = np.minimum(emitted, limit)
-    # Of the live rows of this round the last one to end may be any.
-    assert (
-      rounds @ costs <= 1.05 * emitted[live].min() * (1 + 1e-6)
-      or (emitted[live] == limit[live]).any()
-    )
-  assert rounds @ costs <= 1.05 * emitted.max() * (1 + 1e-6)
+    # Any of the rows that were live may be the one that ends last.
+    assert rounds @ costs <= 1.05 * emitted[live].min() * (1 + 1e-6)
   assert rounds[0] < rounds.sum() or limit.max() < 30
 
 
