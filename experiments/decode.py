@@ -61,8 +61,8 @@ def experiment(
       where = batch, slots, settings
       if batch not in peaks:
         peaks[batch] = decoding.warm_up(methods, *where)
-      times = decode_rows.times(len(texts[name]), batch)
-      turns = decoding.time_rounds(methods, *where, turns=times)
+      turns = decode_rows.turns_beside(len(texts[name]), batch)
+      turns = decoding.time_rounds(methods, *where, turns=turns)
       measured = decoding.measure(
         methods,
         [ids for _, ids in group],
@@ -70,7 +70,7 @@ def experiment(
         slots=slots,
         settings=settings,
         seed=config.seed,
-        repeats=max(config.repeats, times),
+        repeats=config.repeats,
         backwards=place % 2 == 1,
       )
       return {

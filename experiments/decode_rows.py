@@ -39,8 +39,8 @@ def summarize(methods, records, config) -> list[dict]:
   return rows
 
 
-def times(prompts: int, batch: int) -> int:
-  """Times to measure each case of a set: twice where there is only one."""
+def turns_beside(prompts: int, batch: int) -> int:
+  """Turns of rounds to time beside each case of a set: two where it is alone."""
   return 1 if prompts // batch > 1 else 2
 
 
