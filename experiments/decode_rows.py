@@ -40,7 +40,7 @@ def summarize(methods, records, config) -> list[dict]:
 
 
 def turns_beside(prompts: int, batch: int) -> int:
-  """Turns of rounds to time beside each case of a set: two where it is alone."""
+  """Turns of rounds to time beside each case: two where it is alone."""
   return 1 if prompts // batch > 1 else 2
 
 
