@@ -34,6 +34,8 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   config.max_prompt_tokens = 256 if demo else 800  # longer ones are left out
   config.max_new_tokens = 40 if demo else 64
   config.batches = (1, 8)
+  # Prompts of a case that wait until a row of the batch ends.
+  config.queue = 0 if demo else 32
   config.stop = True  # end a row at the model's stop tokens
   # Each is 'drafter' or 'drafter/verifier', with ', LENGTH' for a fixed draft:
   # of trees, the one of that many tokens; 'medusa chain, 3' is no tree.

@@ -13,14 +13,19 @@ from configs import decode_smollm2
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """A copy of the SmolLM2 run on two inline prompts."""
+  """A copy of the SmolLM2 run on three inline prompts."""
   config = decode_smollm2.get_config('demo')
   config.model = 'untrained'
   config.prompts = ('inline',)
-  config.inline = ('a b a b a b a b', 'one two three one two three one')
-  config.num_prompts = 2
+  config.inline = (
+    'a b a b a b a b',
+    'one two three one two three one',
+    'to be or not to be',
+  )
+  config.num_prompts = 3
   config.max_new_tokens = 24
   config.batches = (1, 2)
+  config.queue = 1
   config.methods = ('n-gram', 'early exit, 3', 'draft model, 3')
   config.fixed_lengths = (3,)
   config.trained.medusa = config.trained.eagle = ''

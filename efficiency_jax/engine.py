@@ -55,6 +55,8 @@ MODEL_LENGTHS = (0, 1, 3)
 # Chance that the first draft token is kept, before any was seen, for n-gram
 # matches of 1 .. 8 tokens: rounded from greedy texts of SmolLM2 (DESIGN.md).
 _NGRAM_PRIOR = (0.2, 0.45, 0.65, 0.7, 0.8, 0.85, 0.85, 0.9)
+# And of the shipped one-layer draft (RESULTS.md: 1.6 to 1.7 tokens a run).
+_EAGLE_PRIOR = (0.65,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,6 +181,7 @@ def prepare(
     inner = heads.form.layers
   elif drafter == 'eagle':
     chosen, own = _eagle(lm, heads, trees), heads.weights
+    prior = _EAGLE_PRIOR
     inner = heads.form.layers
   else:
     chosen, own = _draft_model(lm, draft, heads, trees)
@@ -331,8 +334,12 @@ def run(
   costs: np.ndarray | None = None,
   rounds: int | None = None,
   force_length: int | None = None,
+  waiting: bool = False,
 ) -> speculative.State:
-  """Runs the compiled loop to the end, or for `rounds` rounds."""
+  """Runs the compiled loop to the end, or for `rounds` rounds.
+
+  If prompts are `waiting` for a place, the first row that ends is the end.
+  """
   forced = -1
   if force_length is not None:
     forced = engine.decoder.schedule.lengths.index(force_length)
@@ -345,6 +352,7 @@ def run(
     jnp.int32(np.iinfo(np.int32).max if rounds is None else rounds),
     jnp.asarray(costs, jnp.float32),
     jnp.int32(forced),
+    jnp.bool_(waiting),
   )
   return jax.block_until_ready(state)
 
@@ -357,9 +365,10 @@ def compiled(
   keys = sampling.row_keys(0, jnp.arange(batch))
   state = start(engine, prompts, 1, settings, keys, slots)
   costs = jnp.ones((len(engine.decoder.schedule.lengths),), jnp.float32)
-  number = jnp.int32(0)
-  arguments = (engine.decoder, engine.weights, state, number, costs, number)
-  return speculative.run.lower(*arguments).compile()
+  number, waiting = jnp.int32(0), jnp.bool_(False)
+  return speculative.run.lower(
+    engine.decoder, engine.weights, state, number, costs, number, waiting
+  ).compile()
 
 
 _COSTS: dict[Any, list[np.ndarray]] = {}  # the tables of all measurements

@@ -100,17 +100,20 @@ def generate(
   repetition_penalty: float | list[float] = 1.0,
   seed: int = 0,
   stop_strings: Sequence[str] = (),
+  batch: int | None = None,
   costs: np.ndarray | None = None,
   slots: int | None = None,
   force_length: int | None = None,
   **choices: Any,
 ) -> Generation:
-  """Continues every prompt, all of them in one batch.
+  """Continues every prompt, `batch` of them at a time.
 
-  Greedy, plain and coupled text depends on the seed and on the prompt's place
-  in the list, not on the other prompts. With the verifiers token and block the
-  law of the text is fixed, but which text is drawn also depends on the draft
-  lengths, which an adaptive batch shares.
+  Where a row ends the next prompt takes its place (continuous batching), so
+  that rows whose drafts are worse keep no others waiting. Greedy, plain and
+  coupled text depends on the seed and on the prompt's place in the list, not on
+  the other prompts. With the verifiers token and block the law of the text is
+  fixed, but which text is drawn also depends on the draft lengths, which an
+  adaptive batch shares.
 
   Args:
     lm: A model, or an `Engine` from `prepare` to keep its choices.
@@ -124,6 +127,7 @@ def generate(
     repetition_penalty: Above 1 makes tokens seen before less likely.
     seed: Of all random choices.
     stop_strings: End a row where its text first contains one of them.
+    batch: Rows that are decoded at a time; None takes all prompts.
     costs: Seconds a round of each draft length, if already measured.
     slots: Room for prompt and text. None takes the next power of two; a larger
       one makes prompts of different lengths run one compiled program.
@@ -144,6 +148,7 @@ def generate(
     repetition_penalty=repetition_penalty,
     seed=seed,
     stop_strings=stop_strings,
+    batch=batch,
     costs=costs,
     slots=slots,
     force_length=force_length,
@@ -166,6 +171,7 @@ def stream(
   repetition_penalty: float | list[float] = 1.0,
   seed: int = 0,
   stop_strings: Sequence[str] = (),
+  batch: int | None = None,
   costs: np.ndarray | None = None,
   slots: int | None = None,
   force_length: int | None = None,
@@ -175,6 +181,7 @@ def stream(
   """`generate` in pieces: yields all there is after every `rounds` rounds.
 
   The rounds are those of an uninterrupted generation, and so is the last piece.
+  A piece also ends where a row gives its place to a prompt that waits.
   `rounds=None` yields the finished generation only. A `Row.text` never ends
   inside a character of several tokens, and grows from piece to piece.
   """
@@ -185,6 +192,8 @@ def stream(
   else:
     greedy = bool(np.all(np.asarray(temperature) == 0))
     engine = prepare(lm, greedy=greedy, **choices)
+  if batch is not None and batch < 1:
+    raise ValueError(f'batch must be >= 1, got {batch}.')
   if any(not text for text in stop_strings):
     raise ValueError('stop_strings must not be empty strings.')
   settings = sampling.make(
@@ -200,36 +209,62 @@ def stream(
   ):
     raise ValueError("verifier 'greedy' needs temperature 0 in every row.")
   encoded = _encode(engine, prompts, max_new_tokens)
-  prompt_length = np.array([len(ids) for ids in encoded], np.int32)
-  slots = slots_for_text(
-    engine, int(prompt_length.max()) + max_new_tokens, slots
-  )
+  slots = slots_for_text(engine, max(map(len, encoded)) + max_new_tokens, slots)
   lengths = engine.decoder.schedule.lengths
   if force_length is not None and force_length not in lengths:
     raise ValueError(
       f'force_length must be one of {lengths}, got {force_length}.'
     )
+  # Which prompt stands in each place of the batch, and those that wait.
+  places = list(range(min(batch or len(prompts), len(prompts))))
+  waiting = list(range(len(places), len(prompts)))
   if costs is None and len(lengths) > 1 and force_length is None:
-    costs = measured_costs(engine, settings, len(prompts), slots)
+    kind = _of_rows(settings, places)
+    costs = measured_costs(engine, kind, len(places), slots)
+  keys = sampling.row_keys(seed, jnp.arange(len(prompts)))
+
+  def read(some: list[int]) -> speculative.State:
+    """A state whose rows have read some of the prompts."""
+    ids = [encoded[number] for number in some]
+    rows = _of_rows(settings, some), keys[np.array(some)]
+    return jax.block_until_ready(
+      start(engine, ids, max_new_tokens, *rows, slots)
+    )
 
   begin = time.perf_counter()
-  keys = sampling.row_keys(seed, jnp.arange(len(prompts)))
-  state = start(engine, encoded, max_new_tokens, settings, keys, slots)
-  jax.block_until_ready(state.length)
-  prefilled = time.perf_counter()
+  state = read(places)
+  reading = time.perf_counter() - begin
+  rows = [_NOTHING] * len(prompts)
   while True:
-    state = run(engine, state, costs, rounds, force_length)
-    done = np.asarray(state.done)
-    seconds = (prefilled - begin, time.perf_counter() - prefilled)
-    result, found = _collect(
-      engine, state, prompt_length, stop_strings, seconds
-    )
-    if found.any():
-      done = done | found
-      state = state._replace(done=jnp.asarray(done))
-    yield result
-    if done.all():
+    state = run(engine, state, costs, rounds, force_length, bool(waiting))
+    prompt_length = np.array([len(encoded[number]) for number in places])
+    made = _rows(engine, state, prompt_length, stop_strings)
+    for number, (row, _) in zip(places, made, strict=True):
+      rows[number] = row
+    done = np.array([ended for _, ended in made])
+    state = state._replace(done=jnp.asarray(done))
+    over = done.all() and not waiting
+    if rounds is not None or over:
+      chosen = np.asarray(state.account.rounds).tolist()
+      yield Generation(
+        rows=list(rows),
+        guarantee=engine.guarantee,
+        rounds=dict(zip(lengths, chosen, strict=True)),
+        prefill_seconds=reading,
+        decode_seconds=time.perf_counter() - begin - reading,
+      )
+    if over:
       return
+    for place in np.flatnonzero(done)[: len(waiting)]:
+      places[place] = waiting.pop(0)
+      since = time.perf_counter()
+      row = read([places[place]])
+      reading += time.perf_counter() - since
+      state = speculative.replace(state, jnp.int32(place), row)
+
+
+def _of_rows(settings: sampling.Sampling, rows: list[int]) -> sampling.Sampling:
+  return jax.tree.map(lambda field: field[np.array(rows)], settings)
 
 
 def _encode(
@@ -261,14 +296,25 @@ def _encode(
   return encoded
 
 
-def _collect(
+# A prompt that waits for its place.
+_NOTHING = Row(
+  tokens=np.zeros(0, np.int32),
+  text='',
+  finish='length',
+  statistics=statistics.Statistics(generated=0, runs=0, drafted=0, accepted=0),
+  accepted_draft=np.zeros(0, bool),
+  run=np.zeros(0, np.int32),
+  refused=np.zeros(0, np.int32),
+)
+
+
+def _rows(
   engine: Engine,
   state: speculative.State,
   prompt_length: np.ndarray,
   stop_strings: Sequence[str],
-  seconds: tuple[float, float],
-) -> tuple[Generation, np.ndarray]:
-  """The generation so far, and which rows hold a stop string."""
+) -> list[tuple[Row, bool]]:
+  """The text of every row so far, and whether the row has ended."""
   tokens, length, done = map(
     np.asarray, (state.tokens, state.length, state.done)
   )
@@ -277,38 +323,26 @@ def _collect(
   ]
   stats = statistics.of_rows(state.counters, length - prompt_length)
   decode = engine.lm.tokenizer.decode
-  found = np.zeros(len(tokens), bool)
   rows = []
   for row, (first, last) in enumerate(zip(prompt_length, length, strict=True)):
     new = tokens[row, first:last]
     text = decode(new.tolist())
     places = [p for p in map(text.find, stop_strings) if p >= 0]
     if places:
-      found[row] = True
       text = text[: min(places)]
     elif not done[row]:
       # The bytes of a character may still be on their way.
       text = text.rstrip('\N{REPLACEMENT CHARACTER}')
     stopped = len(new) and new[-1] in engine.stop_tokens
     accepted, run_index, refused = (t[row, first:last] for t in traces)
-    rows.append(
-      Row(
-        tokens=new,
-        text=text,
-        finish='stop' if places or stopped else 'length',
-        statistics=stats[row],
-        accepted_draft=accepted,
-        run=run_index,
-        refused=refused,
-      )
+    made = Row(
+      tokens=new,
+      text=text,
+      finish='stop' if places or stopped else 'length',
+      statistics=stats[row],
+      accepted_draft=accepted,
+      run=run_index,
+      refused=refused,
     )
-  lengths = engine.decoder.schedule.lengths
-  chosen = np.asarray(state.counters.chosen).tolist()
-  generation = Generation(
-    rows=rows,
-    guarantee=engine.guarantee,
-    rounds=dict(zip(lengths, chosen, strict=True)),
-    prefill_seconds=seconds[0],
-    decode_seconds=seconds[1],
-  )
-  return generation, found
+    rows.append((made, bool(done[row] or places)))
+  return rows

@@ -39,20 +39,12 @@ def experiment(
   texts = {
     name: inputs.load_prompts(lm, config, name) for name in config.prompts
   }
-  longest = max(len(ids) for group in texts.values() for _, ids in group)
-  if longest + config.max_new_tokens > lm.config.max_positions:
-    # Before anything of that size is compiled.
-    raise ValueError(
-      f'prompts of {longest} tokens and --config.max_new_tokens='
-      f'{config.max_new_tokens} are more than the context of'
-      f' {lm.config.max_positions}: shorten one of them.'
-    )
-  slots = max(128, 1 << (longest + config.max_new_tokens + 32).bit_length())
+  slots = inputs.slots(lm, config, texts.values())
   cases = [
     (name, batch, place, group)
     for name, group_of in texts.items()
     for batch in config.batches
-    for place, group in enumerate(decoding.batches(group_of, batch))
+    for place, group in enumerate(decode_rows.groups(group_of, batch, config))
   ]
   peaks, records = {}, []
   for name, batch, place, group in display.track(cases, 'decoding'):
@@ -60,8 +52,9 @@ def experiment(
     def make(name=name, batch=batch, place=place, group=group):
       where = batch, slots, settings
       if batch not in peaks:
-        peaks[batch] = decoding.warm_up(methods, *where)
-      turns = decode_rows.turns_beside(len(texts[name]), batch)
+        waiting = len(group) > batch
+        peaks[batch] = decoding.warm_up(methods, *where, waiting=waiting)
+      turns = decode_rows.turns_beside(len(texts[name]), len(group))
       turns = decoding.time_rounds(methods, *where, turns=turns)
       measured = decoding.measure(
         methods,
@@ -69,6 +62,7 @@ def experiment(
         max_new_tokens=config.max_new_tokens,
         slots=slots,
         settings=settings,
+        batch=batch,
         seed=config.seed,
         repeats=config.repeats,
         backwards=place % 2 == 1,

@@ -39,9 +39,20 @@ def summarize(methods, records, config) -> list[dict]:
   return rows
 
 
-def turns_beside(prompts: int, batch: int) -> int:
+def groups(prompts, batch: int, config):
+  """The prompts of each case: a batch, and a queue that waits for its places.
+
+  A prompt that is decoded alone is a case alone.
+  """
+  if config.queue < 0:
+    raise ValueError(f'--config.queue must be >= 0, got {config.queue}.')
+  waiting = config.queue if batch > 1 else 0
+  return decoding.batches(prompts, batch + waiting)
+
+
+def turns_beside(prompts: int, group: int) -> int:
   """Turns of rounds to time beside each case: two where it is alone."""
-  return 1 if prompts // batch > 1 else 2
+  return 1 if prompts // group > 1 else 2
 
 
 def row(method, part, batch, records, config) -> dict:

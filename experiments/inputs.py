@@ -70,6 +70,19 @@ def load_prompts(lm, config, name):
   ]
 
 
+def slots(lm, config, prompts) -> int:
+  """Buffer size for lists of pairs, those of every method of `decode`."""
+  longest = max(len(ids) for pairs in prompts for _, ids in pairs)
+  if longest + config.max_new_tokens > lm.config.max_positions:
+    # Before anything of that size is compiled.
+    raise ValueError(
+      f'prompts of {longest} tokens and --config.max_new_tokens='
+      f'{config.max_new_tokens} are more than the context of'
+      f' {lm.config.max_positions}: shorten one of them.'
+    )
+  return max(128, 1 << (longest + config.max_new_tokens + 32).bit_length())
+
+
 def inline(config):
   """Prompts that stand in the config itself."""
   return [

@@ -144,6 +144,7 @@ def proceed(
   max_rounds: int = 10**6,
   forced: int = -1,
   costs=None,
+  waiting: bool = False,
 ) -> speculative.State:
   """`speculative.run` with python numbers."""
   if costs is None:
@@ -155,6 +156,7 @@ def proceed(
     jnp.int32(max_rounds),
     jnp.asarray(costs, jnp.float32),
     jnp.int32(forced),
+    jnp.bool_(waiting),
   )
 
 

@@ -97,6 +97,8 @@ CROSS_CUTTING = {
   'tests/layering_test.py',
   # Quantized targets and drafts in speculation.
   'tests/efficiency_jax/composition_test.py',
+  # Rows of every drafter that give their places to others.
+  'tests/efficiency_jax/continuous_batching_test.py',
   # All kernels through the compiler of a device.
   'tests/pallas_kernels/compile_test.py',
   'tests/pallas_kernels/compile_cuda_test.py',

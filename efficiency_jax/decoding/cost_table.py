@@ -53,9 +53,10 @@ def measure(
   # No token ends a row, so that every sample has all its rounds.
   state = state._replace(stop=jnp.full_like(state.stop, -1))
   no_costs = jnp.ones((len(lengths),), jnp.float32)
+  none_waits = jnp.bool_(False)
   # No round at all, only to compile.
   state = speculative.run(
-    decoder, weights, state, jnp.int32(0), no_costs, jnp.int32(0)
+    decoder, weights, state, jnp.int32(0), no_costs, jnp.int32(0), none_waits
   )
   seconds = np.zeros((repeats + 1, len(lengths)))
   number = np.ones(len(lengths), int)
@@ -69,7 +70,9 @@ def measure(
       )
       some, forced = jnp.int32(number[index]), jnp.int32(index)
       begin = time.perf_counter()
-      state = speculative.run(decoder, weights, state, some, no_costs, forced)
+      state = speculative.run(
+        decoder, weights, state, some, no_costs, forced, none_waits
+      )
       jax.block_until_ready(state.length)
       seconds[repeat, index] = (time.perf_counter() - begin) / number[index]
     if repeat == 0:

@@ -6,8 +6,9 @@ with probability a and that can draft g <= G (equation 1 of arXiv 2211.17192).
 Every round the length with the most expected worth per second over the live
 rows is taken from a small compiled set. A batch ends with its slowest row, so a
 token of a row is worth `(remaining / most remaining) ^ urgency`: tokens that a
-row wins while others are behind it end nothing sooner. Length 0 is plain
-decoding, so a row that accepts nothing soon costs what plain decoding costs.
+row wins while others are behind it end nothing sooner. While prompts wait for a
+place in the batch all tokens are worth the same. Length 0 is plain decoding, so
+a row that accepts nothing soon costs what plain decoding costs.
 
 Nor does a prompt pay for the tries: a round is run only if it may fail and the
 time since the beginning is still within (1 + loss) of what plain decoding would
@@ -46,8 +47,7 @@ class Schedule:
       and acceptance are estimates, and plain decoding never loses.
     loss: What drafts may cost beyond plain decoding, as a share of its time.
     urgency: How fast the worth of a token falls with its row's lead over the
-      slowest row; 0 counts all tokens alike, which is right where rows that end
-      are replaced.
+      slowest row; 0 counts all tokens alike.
   """
 
   lengths: tuple[int, ...] = (4,)
@@ -85,6 +85,16 @@ class Estimate(NamedTuple):
   refused: jax.Array  # [B, kinds] float32
 
 
+class Account(NamedTuple):
+  """What rounds were run since the beginning, and what they brought.
+
+  A place of the batch keeps its tokens when another row takes it.
+  """
+
+  rounds: jax.Array  # [len(lengths)] int32, of each draft length
+  tokens: jax.Array  # [B] int32, committed
+
+
 def init(batch: int, num_kinds: int) -> Estimate:
   """Nothing observed yet."""
   zeros = jnp.zeros((batch, num_kinds), jnp.float32)
@@ -117,6 +127,7 @@ def choose(
   costs: jax.Array,  # [len(lengths)] seconds of one round
   heights: Sequence[int] | None = None,
   allowed: jax.Array | None = None,  # [len(lengths)] bool; None allows all
+  waiting: jax.Array | bool = False,  # [] bool, whether prompts wait for a row
 ) -> jax.Array:
   """Index into `schedule.lengths` of the best expected rate: [] int32.
 
@@ -124,7 +135,8 @@ def choose(
   lengths. For trees they are fewer, and acceptance is that of a level.
   """
   slowest = jnp.maximum(remaining.max(), 1)
-  worth = (remaining / slowest) ** schedule.urgency
+  urgency = jnp.where(waiting, 0.0, schedule.urgency)
+  worth = (remaining / slowest) ** urgency
   worth = jnp.where(remaining > 0, worth, 0.0)[:, None]
   num_kinds = estimate.accepted.shape[1]
   prior = jnp.asarray(
@@ -147,23 +159,27 @@ def choose(
 def affordable(
   schedule: Schedule,
   costs: jax.Array,  # [len(lengths)] seconds of one round
-  rounds: jax.Array,  # [len(lengths)] int32, those since the beginning
-  emitted: jax.Array,  # [B] int32, tokens since the beginning
+  account: Account,
   live: jax.Array,  # [B] bool, rows that go on
+  waiting: jax.Array | bool = False,  # [] bool, whether prompts wait for a row
 ) -> jax.Array:
   """Lengths whose next round keeps drafts from being a loss: [len(lengths)].
 
   With c_G = costs[G] / costs[0], S = sum_G rounds[G] c_G, the time so far in
-  plain rounds, and e the tokens of the live row that has fewest,
+  plain rounds, and e the tokens of the live place that has fewest,
 
       S + c_G <= (1 + loss) (e + 1)
 
   for a row gains one token at least. Plain decoding needs as many rounds as the
-  row that ends last has tokens, and at its last round that row was live. The
-  first length, plain decoding, may always be run: it keeps what holds.
+  row that ends last has tokens, and at its last round that row was live. While
+  prompts wait no place is idle, plain decoding commits a token in each of them
+  a round, and e is the mean of all. The first length, plain decoding, may
+  always be run: it keeps what holds.
   """
   relative = costs / costs[0]
-  fewest = jnp.where(live, emitted, jnp.iinfo(jnp.int32).max - 1).min()
-  spent = (rounds * relative).sum()
-  within = spent + relative <= (1 + schedule.loss) * (fewest + 1)
+  tokens = account.tokens
+  fewest = jnp.where(live, tokens, jnp.iinfo(jnp.int32).max - 1).min()
+  come = jnp.where(waiting, tokens.mean(), fewest)
+  spent = (account.rounds * relative).sum()
+  within = spent + relative <= (1 + schedule.loss) * (come + 1)
   return within.at[0].set(True)

@@ -10,7 +10,9 @@ their own lengths, budgets and ends. Between rounds, for every row,
     the cache holds exactly the positions `0 .. length - 2`,
 
 so the last committed token is always the first one fed, rolling back after a
-refusal is setting a number, and rows may accept differently.
+refusal is setting a number, and rows may accept differently. While prompts wait
+for a place the loop stops as soon as a row ends, and another row takes its
+place (`replace`): continuous batching (Yu et al., Orca, OSDI 2022).
 """
 
 import dataclasses
@@ -86,7 +88,6 @@ class Counters(NamedTuple):
   accepted: jax.Array  # [B] int32, those that it kept
   tested_at: jax.Array  # [B, G] int32, runs that reached this draft position
   accepted_at: jax.Array  # [B, G] int32, and kept its token
-  chosen: jax.Array  # [len(lengths)] int32, rounds of each draft length
 
 
 class State(NamedTuple):
@@ -104,6 +105,7 @@ class State(NamedTuple):
   forecast: Forecast
   estimate: schedule_lib.Estimate
   counters: Counters
+  account: schedule_lib.Account
   accepted_draft: jax.Array  # [B, N] bool, token came from an accepted draft
   run: jax.Array  # [B, N] int32, which pass of the row committed the token
   refused: jax.Array  # [B, N] int32, draft token refused here, or -1
@@ -163,7 +165,9 @@ def _first_state(
     zeros(batch),
     zeros(batch, longest),
     zeros(batch, longest),
-    zeros(len(decoder.schedule.lengths)),
+  )
+  account = schedule_lib.Account(
+    zeros(len(decoder.schedule.lengths)), zeros(batch)
   )
   return State(
     tokens=tokens,
@@ -178,6 +182,7 @@ def _first_state(
     forecast=forecast,
     estimate=schedule_lib.init(batch, decoder.drafter.num_kinds),
     counters=counters,
+    account=account,
     accepted_draft=jnp.zeros(tokens.shape, bool),
     run=jnp.zeros(tokens.shape, jnp.int32),
     refused=jnp.full(tokens.shape, -1, jnp.int32),
@@ -192,8 +197,11 @@ def run(
   max_rounds: jax.Array,  # [] int32
   costs: jax.Array,  # [len(lengths)] seconds of a round of each draft length
   forced: jax.Array,  # [] int32, index of a length to use always, or -1
+  waiting: jax.Array,  # [] bool, whether prompts wait for a place
 ) -> State:
   """Decodes until every row is done, or for `max_rounds` rounds.
+
+  If prompts wait it stops as soon as any row is done.
 
   A stopped generation goes on from the returned state, which is how text is
   streamed: the rounds are the same whether or not they are interrupted.
@@ -203,7 +211,9 @@ def run(
 
   def live(carry):
     state, rounds, _ = carry
-    return jnp.any(~state.done) & (rounds < max_rounds)
+    done = state.done
+    over = jnp.where(waiting, done.any(), done.all())
+    return ~over & (rounds < max_rounds)
 
   def choice(state):
     if len(lengths) == 1:
@@ -219,11 +229,11 @@ def run(
       schedule_lib.affordable(
         decoder.schedule,
         costs,
-        state.counters.chosen,
-        # Of a row that goes on nothing was cut off.
-        state.counters.runs + state.counters.accepted,
+        state.account,
         ~state.done,
+        waiting,
       ),
+      waiting,
     )
     last = len(lengths) - 1
     return jnp.where(forced >= 0, jnp.minimum(forced, last), chosen)
@@ -252,6 +262,26 @@ def run(
   else:
     carry = rounds_of(0, carry)
   return carry[0]
+
+
+@functools.partial(jax.jit, donate_argnames=('state',))
+def replace(state: State, place: jax.Array, row: State) -> State:
+  """Puts another row, the only one of a state, in a place of the batch.
+
+  All that the row's own loop would read comes along, so that its tokens are
+  those that it would get alone. Buffers must have the same size.
+  """
+  batch = state.length.shape[0]
+  row = row._replace(stop=state.stop, account=state.account)
+
+  def put(whole, one):
+    pairs = zip(whole.shape, one.shape, strict=True)
+    axes = [axis for axis, (many, few) in enumerate(pairs) if many != few]
+    if not axes:  # what all rows share, or the one row
+      return one if batch == 1 else whole
+    return lax.dynamic_update_slice_in_dim(whole, one, place, axes[0])
+
+  return jax.tree.map(put, state, row)
 
 
 def _round(
@@ -384,7 +414,9 @@ def _commit(
     accepted=counters.accepted + accepted.sum(1),
     tested_at=counters.tested_at.at[:, : width - 1].add(reached),
     accepted_at=counters.accepted_at.at[:, : width - 1].add(accepted),
-    chosen=counters.chosen.at[index].add(1),
+  )
+  account = schedule_lib.Account(
+    state.account.rounds.at[index].add(1), state.account.tokens + count
   )
   run_index = jnp.broadcast_to(counters.runs[:, None], block.shape)
   return state._replace(
@@ -403,6 +435,7 @@ def _commit(
       reached.sum(1),
     ),
     counters=counters,
+    account=account,
   )
 
 

@@ -67,7 +67,7 @@ class Statistics:
 def of_rows(counters: Counters, generated: np.ndarray) -> list[Statistics]:
   """One `Statistics` a row; `generated` [B] is the number of new tokens."""
   host = [np.asarray(leaf) for leaf in counters]
-  runs, drafted, accepted, tested_at, accepted_at, _ = host
+  runs, drafted, accepted, tested_at, accepted_at = host
   return [
     Statistics(
       generated=int(generated[row]),

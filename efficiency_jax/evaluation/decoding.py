@@ -35,11 +35,14 @@ def measure(
   max_new_tokens: int,
   slots: int,
   settings: Mapping[str, Any],
+  batch: int | None = None,
   seed: int = 0,
   repeats: int = 1,
   backwards: bool = False,
 ) -> dict[str, Generation]:
-  """Decodes one batch with every method in turn; the median run of each.
+  """Decodes the prompts with every method in turn; the median run of each.
+
+  With a `batch` that many are decoded at a time, and the others wait.
 
   The methods take turns, forwards and backwards, so that a machine that slows
   down slows all of them; the first turn may be one `backwards`. Compile first
@@ -55,6 +58,7 @@ def measure(
           prompts,
           max_new_tokens=max_new_tokens,
           slots=slots,
+          batch=batch,
           force_length=method.force_length,
           seed=seed,
           **settings,
@@ -71,8 +75,12 @@ def warm_up(
   batch: int,
   slots: int,
   settings: Mapping[str, Any],
+  *,
+  waiting: bool = False,
 ) -> dict[str, int | None]:
   """Compiles all that `measure` and `time_rounds` will run for a batch size.
+
+  What puts a prompt in a used place is compiled too, if prompts are `waiting`.
 
   Returns:
     For each method its peak bytes: weights, cache and scratch of the compiled
@@ -81,10 +89,11 @@ def warm_up(
   peaks = {}
   made = sampling.make(batch, **settings)
   for method in methods:
-    prompts = [[0]] * batch
+    prompts = [[0]] * (batch + waiting)
     generation.generate(
       method.engine,
       prompts,
+      batch=batch,
       max_new_tokens=1,
       slots=slots,
       costs=np.ones(len(method.engine.decoder.schedule.lengths)),
@@ -159,7 +168,7 @@ def records(measured: Mapping[str, Generation]) -> dict[str, dict[str, Any]]:
 
 
 def record(result: Generation, baseline: Generation) -> dict[str, Any]:
-  """The measured facts of one batch, as plain values that add up."""
+  """The measured facts of one case, as plain values that add up."""
   total = statistics.total(result.statistics)
   same = [
     np.array_equal(mine.tokens, plain.tokens)
@@ -183,7 +192,7 @@ def summarize(
   round_seconds: Mapping[int, float] | None = None,
   plain_seconds: float | None = None,
 ) -> dict[str, Any]:
-  """One row of results from the records of several batches.
+  """One row of results from the records of several cases.
 
   The predicted speed-up is what the measured cost of each round and of a plain
   step make of the rounds that were run; `leviathan_speedup` is theorem 3.8 with

@@ -55,6 +55,7 @@ def finished(tmp_path_factory, orders) -> pathlib.Path:
 
   def watched(*args, **options):
     orders.append(options['backwards'])
+    assert options['batch'] == min(2, len(args[1]))
     return measure(*args, **options)
 
   with pytest.MonkeyPatch.context() as patch:
@@ -65,10 +66,10 @@ def finished(tmp_path_factory, orders) -> pathlib.Path:
 
 def test_no_method_is_always_the_first(finished, orders):
   """Cases go both ways in turn; the one of batch 2 is alone."""
-  assert orders == [False, True, False]
+  assert orders == [False, True, False, False]
   lines = (finished / 'rows.jsonl').read_text().splitlines()
   turns = [len(json.loads(line)['row']['turns']) for line in lines]
-  assert turns == [1, 1, 2]
+  assert turns == [1, 1, 1, 2]
 
 
 def test_rows_carry_what_readers_compare(finished):
@@ -86,11 +87,10 @@ def test_rows_carry_what_readers_compare(finished):
     assert not set(REQUIRED) - set(row)
     assert row['baseline'] == 'plain'
     assert row['exact'] is True, row['method']
+    assert row['num_rows'] == 3
     assert row['tokens_per_run'] >= 1
     assert row['tokens_per_second'] > 0
-    assert row['generated_tokens'] == rows[0]['generated_tokens'] or (
-      row['batch'] == 2
-    )
+    assert row['generated_tokens'] == rows[0]['generated_tokens']
 
 
 def test_a_plain_run_emits_one_token_and_drafts_nothing(finished):
@@ -108,7 +108,7 @@ def test_report_and_figure_are_there(finished):
   assert 'speedup.png' in report
   assert (finished / 'speedup.png').read_bytes().startswith(b'\x89PNG')
   lines = (finished / 'log.jsonl').read_text().splitlines()
-  assert len(lines) == 3
+  assert len(lines) == 4
   assert all(json.loads(line) for line in lines)
 
 
@@ -137,6 +137,7 @@ def test_trace_shows_runs_and_refusals(finished, capsys):
     ('--config.methods=("n-gram, 0",)', 'draft_length must be >= 1'),
     ('--config.methods=("psychic",)', "drafter 'psychic' is unknown"),
     ('--config.max_new_tokens=100000', 'more than the context'),
+    ('--config.queue=-1', 'queue must be >= 0'),
     ('--config.model=no/such/path.gguf', 'no/such/path.gguf'),
     ('--config.temperatur=1', 'temperatur'),
   ],

@@ -23,10 +23,10 @@ def test_every_length_is_forced_for_all_its_rounds(monkeypatch):
   seen = []
   run = speculative.run
 
-  def watched(decoder, weights, state, rounds, costs, forced):
-    before = np.asarray(state.counters.chosen)
-    state = run(decoder, weights, state, rounds, costs, forced)
-    seen.append((int(forced), np.asarray(state.counters.chosen) - before))
+  def watched(decoder, weights, state, rounds, costs, forced, waiting):
+    before = np.asarray(state.account.rounds)
+    state = run(decoder, weights, state, rounds, costs, forced, waiting)
+    seen.append((int(forced), np.asarray(state.account.rounds) - before))
     return state
 
   monkeypatch.setattr(speculative, 'run', watched)
@@ -51,9 +51,9 @@ def test_a_long_round_is_enough_for_a_sample(monkeypatch):
   seen = []
   run = speculative.run
 
-  def watched(decoder, weights, state, rounds, costs, forced):
+  def watched(decoder, weights, state, rounds, *rest):
     seen.append(int(rounds))
-    return run(decoder, weights, state, rounds, costs, forced)
+    return run(decoder, weights, state, rounds, *rest)
 
   monkeypatch.setattr(speculative, 'run', watched)
   state = fixtures.begin(DECODER, WEIGHTS, CONFIG, [[1, 2, 3]], 60)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -136,8 +137,9 @@ def test_no_generation_is_a_loss_whatever_is_accepted(seed):
   emitted, rounds = np.zeros(batch, int), np.zeros(4, int)
   while (emitted < limit).any():
     live = emitted < limit
+    account = schedule.Account(jnp.asarray(rounds), jnp.asarray(emitted))
     fits = schedule.affordable(
-      rule, *map(jnp.asarray, (costs, rounds, emitted, live))
+      rule, jnp.asarray(costs), account, jnp.asarray(live)
     )
     chosen = int(
       schedule.choose(
@@ -159,25 +161,119 @@ def test_no_generation_is_a_loss_whatever_is_accepted(seed):
   assert rounds[0] < rounds.sum() or limit.max() < 30
 
 
-def test_the_loop_keeps_its_drafts_affordable():
-  """A draft model that guesses at random, in which the schedule believes."""
-  config, draft = fixtures.config(), fixtures.config(num_layers=1)
-  weights = drafters.Weights(fixtures.params(config), fixtures.params(draft, 1))
-  costs, rounds = np.array([1.0, 1.4]), {}
-  for loss in (0.05, 1e6):
-    decoder = speculative.Decoder(
-      apply=transformer.apply_fn(config),
-      drafter=drafters.DraftModel(
-        apply=transformer.apply_fn(draft),
-        init_cache=kv_cache.initializer(draft),
-      ),
-      schedule=schedule.Schedule(
-        lengths=(0, 1), prior=(0.99,), prior_weight=1e6, loss=loss
+@pytest.mark.parametrize('seed', range(4))
+def test_while_prompts_wait_all_places_together_are_no_loss(seed):
+  """Rows without end, good and bad: time within 1.05 of T / B plain rounds."""
+  rng = np.random.default_rng(seed)
+  lengths, batch, waiting = (0, 1, 3), 4, jnp.bool_(True)
+  rule = schedule.Schedule(lengths=lengths, prior=(0.99,), prior_weight=1e6)
+  costs, luck = np.array([1.0, 1.3, 2.2]), np.array([0.0, 0.0, 0.9, 0.9])
+  emitted, rounds = np.zeros(batch, int), np.zeros(3, int)
+  live = jnp.ones(batch, bool)
+  for _ in range(300):
+    account = schedule.Account(jnp.asarray(rounds), jnp.asarray(emitted))
+    together = schedule.affordable(
+      rule, jnp.asarray(costs), account, live, waiting
+    )
+    alone = schedule.affordable(rule, jnp.asarray(costs), account, live)
+    # It believes in every draft: the longest that may fail is its choice.
+    chosen = int(np.flatnonzero(together)[-1])
+    assert rounds @ costs + costs[chosen] <= 1.05 * (emitted.mean() + 1) + 1e-4
+    rounds[chosen] += 1
+    won = (rng.random((batch, lengths[chosen])) < luck[:, None]).cumprod(1)
+    emitted += 1 + won.sum(1)
+  # The bad rows for themselves could not have paid for what the good ones do.
+  assert rounds @ costs > 1.05 * emitted[0]
+  assert not np.asarray(alone)[1:].any()
+  assert rounds @ costs < emitted.mean()
+
+
+def test_while_prompts_wait_a_row_that_leads_counts_as_much():
+  rule = schedule.Schedule(lengths=(0, 1), prior_weight=1.0, margin=0.0)
+  estimate = schedule.Estimate(
+    jnp.array([[20.0], [0.0]]), jnp.array([[0.0], [20.0]])
+  )
+  choose = lambda **options: int(
+    schedule.choose(
+      rule,
+      estimate,
+      jnp.zeros(2, int),
+      jnp.full(2, 9),
+      jnp.array([5, 40]),
+      jnp.array([1.0, 1.3]),
+      **options,
+    )
+  )
+  assert choose() == 0
+  assert choose(waiting=jnp.bool_(True)) == 1
+
+
+_TARGET, _DRAFT = fixtures.config(), fixtures.config(num_layers=1)
+_WEIGHTS = drafters.Weights(
+  fixtures.params(_TARGET), fixtures.params(_DRAFT, 1)
+)
+
+
+def _drafting(**fields):
+  """A draft model that guesses at random, for one token or none."""
+  return speculative.Decoder(
+    apply=transformer.apply_fn(_TARGET),
+    drafter=drafters.DraftModel(
+      apply=transformer.apply_fn(_DRAFT),
+      init_cache=kv_cache.initializer(_DRAFT),
+    ),
+    schedule=schedule.Schedule(lengths=(0, 1), **fields),
+  )
+
+
+@pytest.mark.parametrize(
+  'account',
+  [
+    # The one that is behind could not pay; both together can.
+    schedule.Account(np.array([50, 0]), np.array([0, 104])),
+    # Both could; but the row that accepts all is nearly done.
+    schedule.Account(np.array([50, 0]), np.array([104, 104])),
+  ],
+)
+def test_the_loop_tells_its_schedule_that_prompts_wait(account):
+  decoder, chosen = _drafting(), {}
+  for waiting in (False, True):
+    state = fixtures.begin(
+      decoder, _WEIGHTS, _TARGET, [[1, 2, 3], [4]], [5, 40]
+    )
+    state = state._replace(
+      account=jax.tree.map(jnp.int32, account),
+      estimate=schedule.Estimate(
+        jnp.array([[20.0], [0.0]]), jnp.array([[0.0], [2.0]])
       ),
     )
-    state = fixtures.begin(decoder, weights, config, [[1, 2, 3], [4]], [40, 24])
-    state = fixtures.proceed(decoder, weights, state, costs=costs)
-    rounds[loss] = np.asarray(state.counters.chosen)
+    if account.tokens[0] == 0:  # both accept
+      state = state._replace(
+        estimate=schedule.Estimate(jnp.full((2, 1), 20.0), jnp.zeros((2, 1)))
+      )
+    state = fixtures.proceed(
+      decoder,
+      _WEIGHTS,
+      state,
+      max_rounds=1,
+      costs=np.array([1.0, 1.3]),
+      waiting=waiting,
+    )
+    chosen[waiting] = np.asarray(state.account.rounds) - account.rounds
+  assert chosen[False].tolist() == [1, 0]
+  assert chosen[True].tolist() == [0, 1]
+
+
+def test_the_loop_keeps_its_drafts_affordable():
+  """The schedule believes in drafts that are guesses."""
+  costs, rounds = np.array([1.0, 1.4]), {}
+  for loss in (0.05, 1e6):
+    decoder = _drafting(prior=(0.99,), prior_weight=1e6, loss=loss)
+    state = fixtures.begin(
+      decoder, _WEIGHTS, _TARGET, [[1, 2, 3], [4]], [40, 24]
+    )
+    state = fixtures.proceed(decoder, _WEIGHTS, state, costs=costs)
+    rounds[loss] = np.asarray(state.account.rounds)
     plain = int((state.length - np.array([3, 1])).max())
     assert plain == 40
     assert (rounds[loss] @ costs <= 1.05 * plain) == (loss == 0.05)

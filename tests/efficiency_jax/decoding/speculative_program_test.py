@@ -72,6 +72,9 @@ def _compiled(drafter):
     weights = eagle_models.weights(EAGLE, vocabulary=tuple(range(53)))
   prompts = [[1, 2, 3, 1, 2], [7], [4, 9, 9, 4, 9, 9, 4]]
   state = fixtures.begin(decoder, weights, CONFIG, prompts, 170)
-  arguments = (decoder, weights, state, jnp.int32(9), jnp.ones(2), jnp.int32(0))
-  program = speculative.run.lower(*arguments).compile().as_text()
+  number, waiting = jnp.int32(0), jnp.bool_(False)
+  program = speculative.run.lower(
+    decoder, weights, state, number, jnp.ones(2), number, waiting
+  )
+  program = program.compile().as_text()
   return weights, state, program

@@ -56,7 +56,6 @@ def test_of_rows_reads_the_counters_of_each_row():
     accepted=np.array([6, 0]),
     tested_at=np.array([[4, 3, 2], [0, 0, 0]]),
     accepted_at=np.array([[3, 2, 1], [0, 0, 0]]),
-    chosen=np.array([4]),
   )
   first, second = statistics.of_rows(counters, np.array([10, 1]))
   assert first == row()
