@@ -84,7 +84,8 @@ def encoder(
     released: Rows of methods applied to the encoder as released.
     clusterings: Of GOBO and of k-means.
     tuned: Of the fine-tuned encoder, means over seeds.
-    shared: Of bits shared out among layers.
+    shared: Of bits shared out among layers, means over seeds: alike, by the
+      Hessian and against it, each after and within training.
   """
   found = []
   for gobo, kmeans in zip(clusterings[::2], clusterings[1::2], strict=True):
@@ -119,13 +120,15 @@ def encoder(
         f' {trained - whole:+.2f}',
       )
     )
-  if shared:
-    uniform, better, _ = shared
+  for when in ('rounded', 'trained') if shared else ():
+    some = [row for row in shared if row['method'].endswith(when)]
+    uniform, better, _ = some
     found.append(
       claim(
-        'bits by Hessian are at least as good as uniform ones (Q-BERT)',
+        f'{when}: bits by Hessian are at least as good as uniform ones'
+        ' (Q-BERT)',
         better['loss'] <= uniform['loss'],
-        ', '.join(f'{row["method"]} {row["loss"]:.4g} nats' for row in shared),
+        ', '.join(f'{row["method"]} {row["loss"]:.4g} nats' for row in some),
       )
     )
   return found

@@ -59,6 +59,17 @@ def row(method, part, batch, records, config) -> dict:
   """One method on one set of prompts."""
   turns = [turn for record in records for turn in record['turns']]
   seconds = decoding.round_seconds(turns)
+
+  def predicted(record):
+    """Of one case, by the rounds that were timed beside it."""
+    beside = decoding.round_seconds(record['turns'])
+    return decoding.predicted_speedup(
+      [record['methods'][method.name]],
+      [record['methods'][decoding.BASELINE]],
+      beside[method.name],
+      beside[decoding.BASELINE][0],
+    )
+
   peak = records[0]['peak_bytes'][method.name]
   lengths = method.engine.decoder.schedule.lengths
   length = lengths[0] if len(lengths) == 1 else method.force_length
@@ -76,6 +87,7 @@ def row(method, part, batch, records, config) -> dict:
       seconds[method.name],
       seconds[decoding.BASELINE][0],
     ),
+    'predicted_minimum': min(map(predicted, records)),
     'round_milliseconds': {
       str(g): 1e3 * s for g, s in seconds[method.name].items()
     },

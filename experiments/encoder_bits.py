@@ -1,11 +1,12 @@
 """Bits of each part of an encoder by the Hessian of its loss (Q-BERT)."""
 
-import dataclasses
+import math
 import re
 from typing import Any
 
-import numpy as np
+import jax
 
+from efficiency_jax import leaves
 from efficiency_jax import trees
 from efficiency_jax.data import rows as data_rows
 from efficiency_jax.evaluation.encoders import SentimentHead
@@ -45,19 +46,24 @@ def groups(encoder: TextEncoder) -> dict[str, str]:
   }
 
 
-def by_bits(encoder: TextEncoder, bits: dict[str, int]):
-  """The kernels of each group in its own number of bits, and their report."""
+def by_bits(encoder: TextEncoder, bits: dict[str, int]) -> list[rules.Rule]:
+  """Rules that store the kernels of each group in its own number of bits."""
   patterns = groups(encoder)
-  params, report = rules.quantize(
-    encoder.params,
-    [
-      (patterns[name], absmax.Integers(bits=few, per=_GROUP))
-      for name, few in bits.items()
-    ],
-  )
-  stored = sum(8 * leaf.num_bytes for leaf in report.leaves)
-  weights = sum(np.prod(leaf.shape) for leaf in report.leaves)
-  return dataclasses.replace(encoder, params=params), float(stored / weights)
+  return [
+    (patterns[name], absmax.Integers(bits=few, per=_GROUP))
+    for name, few in bits.items()
+  ]
+
+
+def bits_per_weight(params) -> float:
+  """Stored bits of quantized kernels over their weights; of none it is 32."""
+  is_leaf = lambda node: isinstance(node, leaves.QTensor)
+  found = filter(is_leaf, jax.tree.leaves(params, is_leaf=is_leaf))
+  sizes = [(8 * q.num_bytes, math.prod(q.shape)) for q in found]
+  if not sizes:
+    return 32.0
+  stored, weights = map(sum, zip(*sizes, strict=True))
+  return stored / weights
 
 
 def allocations(

@@ -13,6 +13,7 @@ from efficiency_jax.evaluation.encoders import SentimentHead
 from efficiency_jax.io.pretrained_encoder import TextEncoder
 from efficiency_jax.models import encoder as encoder_lib
 from efficiency_jax.quantization import qat
+from efficiency_jax.quantization import rules
 from efficiency_jax.training import objectives
 from efficiency_jax.training import optimizers
 from experiments import encoder_bits
@@ -56,17 +57,16 @@ class Tuning:
     """After two epochs in floats."""
     return self.trained(self.begun, 1)
 
-  def as_rounded(self, method: str):
+  def as_rounded(self, chosen: Sequence[rules.Rule]):
     """After one epoch in floats and one as rounded, stored."""
-    chosen = rows_of.rules_for(self.encoder, method)
     fake = qat.prepare(self.begun['encoder'], chosen)
     params = self.trained({**self.begun, 'encoder': fake}, 1)
     return {**params, 'encoder': qat.freeze(params['encoder'])}
 
-  def rounded(self, method: str):
+  def rounded(self, chosen: Sequence[rules.Rule]):
     """Two epochs in floats, rounded afterwards."""
-    stored, _ = rows_of.store(self.model(self.whole), method)
-    return {**self.whole, 'encoder': stored.params}
+    stored, _ = rules.quantize(self.whole['encoder'], chosen)
+    return {**self.whole, 'encoder': stored}
 
   def model(self, params) -> TextEncoder:
     """The encoder with trained parameters."""
@@ -74,42 +74,54 @@ class Tuning:
 
   def rows(self) -> list[Row]:
     """The fine-tuned model, and each method after and within training."""
-    made = {'fine-tuned': lambda: self.whole}
+    rows = [self._row('fine-tuned', lambda: self.whole)]
     for method in self.config.trained_methods:
-      made[f'{method}, rounded'] = functools.partial(self.rounded, method)
-      made[f'{method}, trained'] = functools.partial(self.as_rounded, method)
-    return [self._row(name, params) for name, params in made.items()]
+      rows += self._both(method, rows_of.rules_for(self.encoder, method))
+    return rows
 
-  def bits_by_layer(self):
-    """The sensitivity of each part, and a row a way to share bits out."""
-    keys = ('uniform', 'by Hessian', 'against Hessian')
-    names = [f'{key} {self.config.hessian.mean:g} bits' for key in keys]
-    found = self.workdir.row('sensitivities', self._sensitivities)
-    shares = encoder_bits.allocations(self.encoder, found, self.config.hessian)
-    rows = []
-    for key, name in zip(keys, names, strict=True):
-
-      def make(key=key, name=name):
-        stored, bits = encoder_bits.by_bits(self.model(self.whole), shares[key])
-        row = rows_of.measure(stored, self.whole['head'], self.data.test)
-        return {'method': name, 'bits': bits, 'shares': shares[key], **row}
-
-      rows.append(self.workdir.row(name, make))
-    return found, rows
-
-  def _sensitivities(self) -> dict[str, float]:
-    return encoder_bits.sensitivities(
+  def sensitivities(self) -> dict[str, float]:
+    """How much the fine-tuned model minds rounding, part by part."""
+    make = lambda: encoder_bits.sensitivities(
       *(self.model(self.whole), self.whole['head'], self.sentences),
       self.config.hessian,
     )
+    return self.workdir.row('sensitivities', make)
+
+  def shared(self, shares: dict[str, dict[str, int]]) -> list[Row]:
+    """Rows of each way to share bits out, after and within training."""
+    rows = []
+    for name, bits in shares.items():
+      name = f'{name} {self.config.hessian.mean:g} bits'
+      rows += self._both(name, encoder_bits.by_bits(self.encoder, bits))
+    return rows
+
+  def _both(self, name: str, chosen: Sequence[rules.Rule]) -> list[Row]:
+    return [
+      self._row(f'{name}, rounded', lambda: self.rounded(chosen)),
+      self._row(f'{name}, trained', lambda: self.as_rounded(chosen)),
+    ]
 
   def _row(self, name: str, params) -> Row:
     def make():
       of = params()
       row = rows_of.measure(self.model(of), of['head'], self.data.test)
-      return {'method': name, 'seed': self.seed, **row}
+      bits = encoder_bits.bits_per_weight(of['encoder'])
+      return {'method': name, 'seed': self.seed, 'bits': bits, **row}
 
     return self.workdir.row(f'{name}, seed {self.seed}', make)
+
+
+def run(encoder, head, data, config, workdir):
+  """Rows of all seeds, the sensitivities of the first, and bits by them."""
+  tuned, shared, sensitivities, shares = [], [], {}, {}
+  for seed in range(config.seed, config.seed + config.seeds):
+    one = Tuning(encoder, head, data, config, seed, workdir)
+    tuned += one.rows()
+    if not shares:
+      sensitivities = one.sensitivities()
+      shares = encoder_bits.allocations(encoder, sensitivities, config.hessian)
+    shared += one.shared(shares)
+  return tuned, shared, sensitivities, shares
 
 
 def arrays(encoder: TextEncoder, of: Sequence[Sentence], length: int) -> Row:

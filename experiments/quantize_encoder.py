@@ -4,8 +4,8 @@
       --config=configs/quantize_encoder.py --workdir=runs/quantize_encoder
 
 A row a way to store it as released; GOBO's clustering beside k-means; a row a
-fine-tuned model and seed, rounded after training and trained as rounded; and a
-row a way to share bits out among layers.
+fine-tuned model and seed, rounded after training and trained as rounded; and
+the same for ways to share bits out among layers.
 """
 
 from collections.abc import Sequence
@@ -55,34 +55,32 @@ def experiment(
   for bits in config.kmeans:
     make = lambda b=bits: {'rows': rows_of.clusterings(encoder.params, b)}
     parts['clusterings'] += workdir.row(f'clustering {bits}', make)['rows']
-  parts['tuned'], parts['shared'], sensitivities = [], [], {}
-  for seed in range(config.seed, config.seed + config.seeds):
-    run = encoder_tuning.Tuning(encoder, head, data, config, seed, workdir)
-    parts['tuned'] += run.rows()
-    if seed == config.seed:
-      sensitivities, parts['shared'] = run.bits_by_layer()
-  workdir.write_results([row for rows in parts.values() for row in rows])
-  parts['tuned'] = seeds.summary(
-    parts['tuned'], ('accuracy', 'loss'), 'accuracy'
+  parts['tuned'], parts['shared'], sensitivities, shares = encoder_tuning.run(
+    encoder, head, data, config, workdir
   )
+  workdir.write_results([row for rows in parts.values() for row in rows])
+  for part in ('tuned', 'shared'):
+    parts[part] = seeds.summary(
+      parts[part], ('bits', 'accuracy', 'loss'), 'accuracy'
+    )
   parts['claims'] = claims.encoder(**parts)
-  report(parts, sensitivities, workdir)
+  report(parts, sensitivities, shares, workdir)
 
 
-def report(parts, sensitivities, workdir: workdirs.Workdir) -> None:
+def report(parts, sensitivities, shares, workdir: workdirs.Workdir) -> None:
   """Tables and figures, on the screen and in the folder."""
   texts = []
   for rows in parts.values():
     if rows:
-      shown = [{k: v for k, v in r.items() if k != 'shares'} for r in rows]
-      table = display.table(shown)
+      table = display.table(rows)
       table.show()
       texts.append(table.markdown())
   figures = {'accuracy': encoder_figures.accuracy(parts['released'])}
   if parts['tuned']:
-    bits = parts['shared'][1]['shares']
     figures['training'] = encoder_figures.training(parts['tuned'])
-    figures['hessian'] = encoder_figures.sensitivities(sensitivities, bits)
+    figures['hessian'] = encoder_figures.sensitivities(
+      sensitivities, shares['by Hessian']
+    )
   for name, figure in figures.items():
     image = workdir.save_figure(figure, name)
     texts.append(f'![{name}]({image.name})')
@@ -103,12 +101,12 @@ def check(config: ml_collections.ConfigDict) -> None:
       '--config.hessian.mean must be a whole number of bits from'
       f' {few} to {many}, got {mean}.'
     )
-  for field in ('sentences', 'length', 'batch'):
-    if config[field] < 1:
-      raise ValueError(f'--config.{field} must be >= 1, got {config[field]}.')
-  for field in ('seeds', 'fit'):
-    if config[field] < 0:
-      raise ValueError(f'--config.{field} must be >= 0, got {config[field]}.')
+  least = {'sentences': 1, 'length': 1, 'batch': 1, 'seeds': 0, 'fit': 0}
+  for field, low in least.items():
+    if config[field] < low:
+      raise ValueError(
+        f'--config.{field} must be >= {low}, got {config[field]}.'
+      )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -239,15 +239,12 @@ def summarize(
     'seconds': seconds,
     'prefill_seconds': sum(r['prefill_seconds'] for r in records),
   }
-  rounds: dict[int, int] = {}
-  for one in records:
-    for length, count in one['rounds_by_length'].items():
-      rounds[int(length)] = rounds.get(int(length), 0) + count
+  rounds = _rounds_by_length(records)
   row['rounds_by_length'] = {str(k): v for k, v in sorted(rounds.items())}
   if round_seconds and plain_seconds:
-    expected = sum(count * round_seconds[g] for g, count in rounds.items())
-    plain_rounds = sum(b['rounds'] for b in baseline)
-    row['predicted_speedup'] = plain_rounds * plain_seconds / expected
+    row['predicted_speedup'] = predicted_speedup(
+      records, baseline, round_seconds, plain_seconds
+    )
     used = [g for g, count in rounds.items() if count]
     if len(used) == 1 and used[0] > 0 and total.tested_at:
       ratio = cost_model.effective_cost_ratio(
@@ -258,6 +255,27 @@ def summarize(
         total.alpha, used[0], ratio
       )
   return row
+
+
+def predicted_speedup(
+  records: Sequence[Mapping[str, Any]],
+  baseline: Sequence[Mapping[str, Any]],
+  round_seconds: Mapping[int, float],
+  plain_seconds: float,
+) -> float:
+  """What the cost of each round makes of the rounds of some records."""
+  rounds = _rounds_by_length(records)
+  expected = sum(count * round_seconds[g] for g, count in rounds.items())
+  plain_rounds = sum(b['rounds'] for b in baseline)
+  return plain_rounds * plain_seconds / expected
+
+
+def _rounds_by_length(records: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+  rounds: dict[int, int] = {}
+  for one in records:
+    for length, count in one['rounds_by_length'].items():
+      rounds[int(length)] = rounds.get(int(length), 0) + count
+  return rounds
 
 
 def batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:

@@ -53,7 +53,7 @@ def test_llm_int8_is_as_good_as_floats_within_two_percent():
   assert not claims.ladder([_row('LLM.int8', 1.021)])[0]['holds']
 
 
-def _encoder(gobo=0.81, trained=0.84, loss=0.5):
+def _encoder(gobo=0.81, trained=0.84, loss=0.5, loss_trained=0.4):
   return claims.encoder(
     released=[
       {'method': 'float32', 'accuracy': 0.815},
@@ -71,18 +71,23 @@ def _encoder(gobo=0.81, trained=0.84, loss=0.5):
       {'method': 'int3, trained', 'accuracy': trained},
     ],
     shared=[
-      {'method': 'uniform', 'loss': 0.5},
-      {'method': 'by Hessian', 'loss': loss},
-      {'method': 'against Hessian', 'loss': 0.9},
+      {'method': 'uniform, rounded', 'loss': 0.5},
+      {'method': 'uniform, trained', 'loss': 0.4},
+      {'method': 'by Hessian, rounded', 'loss': loss},
+      {'method': 'by Hessian, trained', 'loss': loss_trained},
+      {'method': 'against Hessian, rounded', 'loss': 0.9},
+      {'method': 'against Hessian, trained', 'loss': 0.9},
     ],
   )
 
 
 def test_claims_on_an_encoder():
-  assert [row['holds'] for row in _encoder()] == [True] * 4
+  assert [row['holds'] for row in _encoder()] == [True] * 5
   assert not _encoder(gobo=0.80)[1]['holds']
   assert not _encoder(trained=0.79)[2]['holds']
   assert not _encoder(loss=0.51)[3]['holds']
+  assert _encoder(loss=0.51)[4]['holds']
+  assert not _encoder(loss_trained=0.41)[4]['holds']
 
 
 def test_nothing_lost_is_nothing_won_back():

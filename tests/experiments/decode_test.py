@@ -88,9 +88,10 @@ def test_rows_carry_what_readers_compare(finished):
     assert row['baseline'] == 'plain'
     assert row['exact'] is True, row['method']
     assert row['num_rows'] == 3
-    assert row['tokens_per_run'] >= 1
-    assert row['tokens_per_second'] > 0
-    assert row['generated_tokens'] == rows[0]['generated_tokens']
+    if row['batch'] == 2:  # one case
+      assert row['predicted_minimum'] == pytest.approx(row['predicted_speedup'])
+    if row['method'] == 'plain':
+      assert row['predicted_minimum'] == 1
 
 
 def test_a_plain_run_emits_one_token_and_drafts_nothing(finished):

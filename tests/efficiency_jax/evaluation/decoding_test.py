@@ -40,6 +40,20 @@ def test_costs_are_compared_within_a_turn(monkeypatch):
   assert found['n-gram, 3'] == found['n-gram']
 
 
+def test_what_rounds_cost_predicts_the_speed_up():
+  records = [
+    {'rounds_by_length': {'0': 4, '3': 10}},
+    {'rounds_by_length': {'0': 6, '3': 0}},
+  ]
+  plain = [{'rounds': 24}, {'rounds': 6}]
+  costs = {0: 1.1, 3: 1.5}
+  of = lambda some: decoding.predicted_speedup(
+    records[some], plain[some], costs, 1.0
+  )
+  assert of(slice(2)) == pytest.approx(30 / (1.1 * 10 + 1.5 * 10))
+  assert of(slice(1)) == pytest.approx(24 / (1.1 * 4 + 1.5 * 10))
+
+
 @pytest.mark.parametrize('backwards', [False, True])
 def test_methods_take_turns_forwards_and_backwards(backwards, monkeypatch):
   """The first one of a turn is often the slowest, so it is not always one."""
