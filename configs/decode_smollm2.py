@@ -4,8 +4,9 @@
       --workdir=runs/decode
 
 All 80 MT-bench questions and 80 of the 164 HumanEval problems, 64 new tokens,
-batch 1 and 8. `configs/decode_smollm2.py:demo` is what `make demo` runs: 8
-problems, 40 tokens, n-grams and the trained drafts that come with the package.
+batch 1, and batch 8 with 32 prompts that wait for its places.
+`configs/decode_smollm2.py:demo` is what `make demo` runs: 8 problems, 40
+tokens, n-grams and the trained drafts that come with the package.
 
 Hardware: two CPU cores, 4 GB of memory. The demo takes 4 to 5 minutes with
 compilation, the whole run 75 to 90. Expect 1.3x to 1.6x plain on HumanEval and

@@ -43,8 +43,9 @@ DRAFTERS = (
 # What is trained for one target, and drafts beside it.
 Heads = medusa.TrainedHeads | eagle.TrainedDraft | draft_model.TrainedDraft
 
-# Those that draft several guesses at a place.
+# Those that draft several guesses at a place, and that look at hidden states.
 _WITH_TREES = ('draft model', 'medusa', 'eagle')
+_WITH_FEATURES = ('medusa', 'eagle')
 
 # Draft lengths that an adaptive generation compiles; 0 is plain decoding.
 # N-grams cost nothing and are right for long where a text repeats itself; of a
@@ -56,7 +57,7 @@ MODEL_LENGTHS = (0, 1, 3)
 # matches of 1 .. 8 tokens: rounded from greedy texts of SmolLM2 (DESIGN.md).
 _NGRAM_PRIOR = (0.2, 0.45, 0.65, 0.7, 0.8, 0.85, 0.85, 0.9)
 # And of the shipped one-layer draft (RESULTS.md: 1.6 to 1.7 tokens a run).
-_EAGLE_PRIOR = (0.65,)
+_PRIORS = {'n-gram': _NGRAM_PRIOR, 'eagle': (0.65,)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,23 +143,7 @@ def prepare(
   Raises:
     ValueError: A choice is unknown or does not fit the model.
   """
-  if drafter not in DRAFTERS:
-    raise ValueError(
-      f'drafter {drafter!r} is unknown; there are {", ".join(DRAFTERS)}.'
-    )
-  smallest = 0 if drafter == 'plain' else 1
-  if draft_length is not None and draft_length < smallest:
-    raise ValueError(
-      f'draft_length must be >= {smallest} with drafter {drafter!r}, got'
-      f' {draft_length}.'
-    )
-  if drafter not in _WITH_TREES:
-    if trees:
-      raise ValueError(
-        f'drafter {drafter!r} takes no trees; {", ".join(_WITH_TREES)} do.'
-      )
-  elif trees is None:
-    trees = heads.trees if heads else ()
+  trees = _checked(drafter, draft_length, heads, trees)
   sampled = 'coupled' if trees else 'block'
   verifier = verifier or ('greedy' if greedy else sampled)
   if verifier == 'greedy' and not greedy:
@@ -166,31 +151,16 @@ def prepare(
       "verifier 'greedy' needs temperature 0; use 'block', 'token' or"
       " 'coupled'."
     )
-  prior, own, inner = (0.5,), None, ()
-  if drafter == 'plain':
-    chosen = drafters.Nothing()
-  elif drafter == 'n-gram':
-    chosen, prior = drafters.NGram(), _NGRAM_PRIOR
-  elif drafter == 'early exit':
-    layers = max(1, lm.config.num_layers // 3)
-    layers = layers if exit_layers is None else exit_layers
-    shallow = lm.config.truncated(layers)
-    chosen = drafters.EarlyExit(apply=transformer.apply_fn(shallow))
-  elif drafter == 'medusa':
-    chosen, own = _medusa(lm, heads, trees), heads.weights
-    inner = heads.form.layers
-  elif drafter == 'eagle':
-    chosen, own = _eagle(lm, heads, trees), heads.weights
-    prior = _EAGLE_PRIOR
-    inner = heads.form.layers
-  else:
-    chosen, own = _draft_model(lm, draft, heads, trees)
+  chosen, own = _drafter(lm, drafter, draft, heads, trees, exit_layers)
+  # Of what layers below the last one the drafter looks at, if at any.
+  inner = heads.form.layers if drafter in _WITH_FEATURES else ()
   decoder = speculative.Decoder(
     apply=transformer.apply_fn(lm.config, layers=inner),
     drafter=chosen,
     verifier=verifiers.named(verifier),
     schedule=schedule_lib.Schedule(
-      lengths=_lengths(drafter, draft_length, trees), prior=prior
+      lengths=_lengths(drafter, draft_length, trees),
+      prior=_PRIORS.get(drafter, (0.5,)),
     ),
   )
   weights = drafters.Weights(lm.params, own)
@@ -201,6 +171,57 @@ def prepare(
     stop_tokens=lm.tokenizer.stop_ids if stop else (),
     cache_dtype=jnp.dtype(_dtype(lm) if cache_dtype is None else cache_dtype),
   )
+
+
+def _checked(
+  drafter: str,
+  draft_length: int | None,
+  heads: Heads | None,
+  trees: tuple[draft_trees.Shape, ...] | None,
+) -> tuple[draft_trees.Shape, ...] | None:
+  """The trees to draft, of choices that fit together."""
+  if drafter not in DRAFTERS:
+    raise ValueError(
+      f'drafter {drafter!r} is unknown; there are {", ".join(DRAFTERS)}.'
+    )
+  smallest = 0 if drafter == 'plain' else 1
+  if draft_length is not None and draft_length < smallest:
+    raise ValueError(
+      f'draft_length must be >= {smallest} with drafter {drafter!r}, got'
+      f' {draft_length}.'
+    )
+  if drafter in _WITH_TREES:
+    return (heads.trees if heads else ()) if trees is None else trees
+  if trees:
+    raise ValueError(
+      f'drafter {drafter!r} takes no trees; {", ".join(_WITH_TREES)} do.'
+    )
+  return trees
+
+
+def _drafter(
+  lm: LanguageModel,
+  name: str,
+  draft: LanguageModel | None,
+  heads: Heads | None,
+  trees: tuple[draft_trees.Shape, ...] | None,
+  exit_layers: int | None,
+) -> tuple[drafters.Drafter, Params | None]:
+  """A drafter and its own weights."""
+  if name == 'plain':
+    return drafters.Nothing(), None
+  if name == 'n-gram':
+    return drafters.NGram(), None
+  if name == 'early exit':
+    layers = max(1, lm.config.num_layers // 3)
+    layers = layers if exit_layers is None else exit_layers
+    shallow = lm.config.truncated(layers)
+    return drafters.EarlyExit(apply=transformer.apply_fn(shallow)), None
+  if name == 'medusa':
+    return _medusa(lm, heads, trees), heads.weights
+  if name == 'eagle':
+    return _eagle(lm, heads, trees), heads.weights
+  return _draft_model(lm, draft, heads, trees)
 
 
 def _lengths(

@@ -1,5 +1,6 @@
 """Bits of each part of an encoder by the Hessian of its loss (Q-BERT)."""
 
+import functools
 import math
 import re
 from typing import Any
@@ -47,12 +48,13 @@ def groups(encoder: TextEncoder) -> dict[str, str]:
 
 
 def by_bits(encoder: TextEncoder, bits: dict[str, int]) -> list[rules.Rule]:
-  """Rules that store the kernels of each group in its own number of bits."""
+  """Rules that store the kernels of each group in its own number of bits.
+
+  With a zero point, as the paper has it: absmax leaves three values of 2 bits.
+  """
+  method = functools.partial(absmax.Integers, per=_GROUP, symmetric=False)
   patterns = groups(encoder)
-  return [
-    (patterns[name], absmax.Integers(bits=few, per=_GROUP))
-    for name, few in bits.items()
-  ]
+  return [(patterns[name], method(bits=few)) for name, few in bits.items()]
 
 
 def bits_per_weight(params) -> float:
