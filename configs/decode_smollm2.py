@@ -9,9 +9,9 @@ batch 1, and batch 8 with 32 prompts that wait for its places.
 tokens, n-grams and the trained drafts that come with the package.
 
 Hardware: two CPU cores, 4 GB of memory. The demo takes 4 to 5 minutes with
-compilation, the whole run 75 to 90. Expect 1.3x to 1.6x plain on HumanEval and
-1.1x on MT-bench at batch 1 with n-grams, about plain's speed at batch 8, and
-every row exact.
+compilation, the whole run 75 to 90 (an estimate: it was made without a queue,
+--config.queue=0). Expect 1.3x to 1.6x plain on HumanEval and 1.1x on MT-bench
+at batch 1 with n-grams, about plain's speed at batch 8, and every row exact.
 """
 
 import ml_collections
@@ -35,7 +35,8 @@ def get_config(size: str = 'full') -> ml_collections.ConfigDict:
   config.max_prompt_tokens = 256 if demo else 800  # longer ones are left out
   config.max_new_tokens = 40 if demo else 64
   config.batches = (1, 8)
-  # Prompts of a case that wait until a row of the batch ends.
+  # Prompts of a case that wait until a row of the batch ends; at batch 8 what
+  # does not fill such a case is left out.
   config.queue = 0 if demo else 32
   config.stop = True  # end a row at the model's stop tokens
   # Each is 'drafter' or 'drafter/verifier', with ', LENGTH' for a fixed draft:

@@ -180,8 +180,10 @@ def stream(
 ) -> Iterator[Generation]:
   """`generate` in pieces: yields all there is after every `rounds` rounds.
 
-  The rounds are those of an uninterrupted generation, and so is the last piece.
-  A piece also ends where a row gives its place to a prompt that waits.
+  The rounds are those of an uninterrupted generation, and so is the last piece;
+  but for a row that a stop string ends, which is known when a piece ends, so
+  that a prompt that waits for its place begins then. A piece also ends where a
+  row gives its place away.
   `rounds=None` yields the finished generation only. A `Row.text` never ends
   inside a character of several tokens, and grows from piece to piece.
   """
@@ -235,6 +237,7 @@ def stream(
   state = read(places)
   reading = time.perf_counter() - begin
   rows = [_NOTHING] * len(prompts)
+  earlier = np.zeros(len(lengths), int)  # rounds of accounts that were closed
   while True:
     state = run(engine, state, costs, rounds, force_length, bool(waiting))
     prompt_length = np.array([len(encoded[number]) for number in places])
@@ -245,7 +248,7 @@ def stream(
     state = state._replace(done=jnp.asarray(done))
     over = done.all() and not waiting
     if rounds is not None or over:
-      chosen = np.asarray(state.account.rounds).tolist()
+      chosen = (earlier + np.asarray(state.account.rounds)).tolist()
       yield Generation(
         rows=list(rows),
         guarantee=engine.guarantee,
@@ -261,6 +264,12 @@ def stream(
       row = read([places[place]])
       reading += time.perf_counter() - since
       state = speculative.replace(state, jnp.int32(place), row)
+      if not waiting:
+        # What a place won with earlier rows is no credit of those that are
+        # left: for them a new account begins.
+        earlier += np.asarray(state.account.rounds)
+        account = jax.tree.map(jnp.zeros_like, state.account)
+        state = state._replace(account=account)
 
 
 def _of_rows(settings: sampling.Sampling, rows: list[int]) -> sampling.Sampling:

@@ -52,7 +52,7 @@ def experiment(
     def make(name=name, batch=batch, place=place, group=group):
       where = batch, slots, settings
       if batch not in peaks:
-        waiting = len(group) > batch
+        waiting = any(len(of) > b for _, b, _, of in cases if b == batch)
         peaks[batch] = decoding.warm_up(methods, *where, waiting=waiting)
       turns = decode_rows.turns_beside(len(texts[name]), len(group))
       turns = decoding.time_rounds(methods, *where, turns=turns)

@@ -13,7 +13,8 @@ a row that accepts nothing soon costs what plain decoding costs.
 Nor does a prompt pay for the tries: a round is run only if it may fail and the
 time since the beginning is still within (1 + loss) of what plain decoding would
 have taken to come as far (`affordable`). By the table of costs no generation is
-slower than that, whatever the drafts are.
+slower than that, whatever the drafts are. Where prompts waited for a place,
+that holds of two parts: until the last of them has one, and from then on.
 
 The choice looks at committed tokens and past verdicts only. A rule that looked
 at the draft to decide how much of it to verify would bias sampled text.
@@ -171,10 +172,10 @@ def affordable(
       S + c_G <= (1 + loss) (e + 1)
 
   for a row gains one token at least. Plain decoding needs as many rounds as the
-  row that ends last has tokens, and at its last round that row was live. While
-  prompts wait no place is idle, plain decoding commits a token in each of them
-  a round, and e is the mean of all. The first length, plain decoding, may
-  always be run: it keeps what holds.
+  row that ends last has tokens from where the account began, and at its last
+  round that row was live. While prompts wait no place is idle, plain decoding
+  commits a token in each of them a round, and e is the mean of all. The first
+  length, plain decoding, may always be run: it keeps what holds.
   """
   relative = costs / costs[0]
   tokens = account.tokens

@@ -50,6 +50,8 @@ def _rounds(runs, batch):
     ('medusa', 3),
     ('draft model', 3),
     ('draft model of all tokens', 2),
+    ('eagle of all tokens', 2),
+    ('medusa of all tokens', 3),
   ],
 )
 def test_a_row_in_a_place_that_was_used_is_the_row_of_a_whole_batch(
@@ -91,25 +93,31 @@ def test_sampled_rows_keep_their_seeds_and_settings(
   assert differ == [True, False, True, False, True]
 
 
-@pytest.mark.parametrize('batch', [1, 3, 9])
-def test_every_size_of_batch_writes_the_same(batch):
-  engine = _engine('n-gram', draft_length=3)
-  whole = generation.generate(engine, PROMPTS, **OPTIONS)
-  some = generation.generate(engine, PROMPTS, batch=batch, **OPTIONS)
+@pytest.mark.parametrize(
+  ('batch', 'cache', 'penalty'),
+  [(1, None, 1.0), (3, None, 1.0), (9, None, 1.0), (2, 'int8', 1.5)],
+)
+def test_every_size_of_batch_writes_the_same(batch, cache, penalty):
+  engine = _engine('n-gram', draft_length=3, cache_dtype=cache)
+  options = OPTIONS | {'repetition_penalty': penalty}
+  whole = generation.generate(engine, PROMPTS, **options)
+  some = generation.generate(engine, PROMPTS, batch=batch, **options)
   _check_alike(some.rows, whole.rows)
 
 
 def test_stop_strings_free_places():
-  engine = _engine('plain')
+  engine = _engine('plain', stop=False)
   whole = generation.generate(engine, PROMPTS, **OPTIONS)
   stop = [whole.texts[1][2:4]]
+  assert not any(stop[0] in text for text in whole.texts[2:])
   cut = generation.generate(engine, PROMPTS, stop_strings=stop, **OPTIONS)
   some = generation.generate(
     engine, PROMPTS, stop_strings=stop, batch=2, **OPTIONS
   )
   assert some.texts == cut.texts
-  assert 'stop' in [row.finish for row in some.rows]
-  assert sum(some.rounds.values()) < 60
+  assert some.rows[1].finish == 'stop'
+  # Seen after eight rounds; the others have twenty each: 8 + 20 + 20.
+  assert sum(some.rounds.values()) == 48
 
 
 def test_pieces_grow_and_prompts_that_wait_have_no_text():
@@ -163,6 +171,24 @@ def test_a_row_begins_anew_and_the_account_goes_on():
   assert state.length[1] == 2
   np.testing.assert_array_equal(state.tokens[0], kept)
   np.testing.assert_array_equal(state.tokens[1, :2], [4, 5])
+
+
+def test_the_last_rows_have_an_account_of_their_own(monkeypatch):
+  run, seen = engine_lib.run, []
+
+  def watched(engine, state, *rest):
+    seen.append((rest[-1], state.account.tokens.sum().item()))
+    return run(engine, state, *rest)
+
+  monkeypatch.setattr(generation, 'run', watched)
+  engine = _engine('n-gram', draft_length=3, stop=False)
+  made = generation.generate(engine, PROMPTS, batch=2, **OPTIONS)
+  before = [tokens for waits, tokens in seen if waits]
+  assert before == sorted(before)
+  assert before[-1] > 0
+  assert [tokens for waits, tokens in seen if not waits] == [0]
+  runs = [row.statistics.runs for row in made.rows]
+  assert sum(made.rounds.values()) == _rounds(runs, 2)
 
 
 def test_no_rows_at_a_time_are_refused():

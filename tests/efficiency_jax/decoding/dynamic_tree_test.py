@@ -389,7 +389,7 @@ def test_a_round_copies_no_cache():
     lambda: _begin(decoder, _PROMPTS, 20, settings=settings)
   )
   assert state.cache.keys[0].shape == (3, 2, 256, 4)
-  numbers = jnp.int32(9), jnp.ones(1), jnp.int32(0)
+  numbers = jnp.int32(9), jnp.ones(1), jnp.int32(0), jnp.bool_(False)
   program = speculative.run.lower(decoder, weights, state, *numbers).compile()
   found = speed.loop_operations(program.as_text())
   assert found

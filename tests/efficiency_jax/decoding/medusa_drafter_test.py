@@ -337,7 +337,7 @@ def test_a_tree_with_one_path_is_the_chain():
     states.append(
       [
         fixtures.texts(state),
-        state.counters._replace(chosen=0),
+        state.counters,
         *(
           np.where(np.asarray(state.run) > 0, x, 0)
           for x in (state.accepted_draft, state.run, state.refused)
@@ -357,7 +357,8 @@ def test_trees_adapt_and_stop_at_plain_decoding():
       decoder, _PROMPTS, 24, settings=settings, seed=5, forced=forced
     )
     assert fixtures.texts(state) == expected
-    assert int(state.counters.chosen[forced]) == state.counters.chosen.sum()
+    chosen = state.account.rounds
+    assert int(chosen[forced]) == chosen.sum()
 
 
 def test_a_repetition_penalty_follows_each_branch():
@@ -404,6 +405,7 @@ def test_a_round_of_a_tree_copies_no_cache():
     jnp.int32(9),
     jnp.ones(1),
     jnp.int32(0),
+    jnp.bool_(False),
   )
   program = speculative.run.lower(*arguments).compile().as_text()
   found = speed.loop_operations(program)

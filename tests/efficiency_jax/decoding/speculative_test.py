@@ -287,12 +287,12 @@ def test_coupled_text_is_plain_text_whatever_the_draft_length(drafter, costs):
   for forced in range(len(costs)):
     state = generate(forced=forced)
     assert fixtures.texts(state) == expected
-    chosen = np.asarray(state.counters.chosen)
+    chosen = np.asarray(state.account.rounds)
     assert chosen[forced] == chosen.sum() > 0
   # Adaptive: several lengths were used, and the text stays.
   state = generate(costs=costs)
   assert fixtures.texts(state) == expected
-  assert (np.asarray(state.counters.chosen) > 0).sum() >= 2
+  assert (np.asarray(state.account.rounds) > 0).sum() >= 2
   _check_consistent(state, _PROMPTS)
 
   # In pieces of two rounds, the whole state is the same.
@@ -328,6 +328,7 @@ def _visible(state):
     state.length,
     state.done,
     state.counters,
+    state.account,
     state.estimate,
   ]
 
@@ -462,11 +463,11 @@ def test_the_draft_length_is_chosen_before_the_draft():
     for seed in range(4):
       state, _ = _start(decoder, _PROMPTS, 24, settings=settings, seed=0)
       state = run(state, max_rounds=rounds)
-      before = np.asarray(state.counters.chosen)
+      before = np.asarray(state.account.rounds)
       # The history is that of seed 0; the next noise is not.
       keys = sampling.row_keys(seed, jnp.arange(_ROWS))
       state = run(state._replace(keys=keys), max_rounds=1)
-      after = np.asarray(state.counters.chosen)
+      after = np.asarray(state.account.rounds)
       chosen.append((after - before).argmax())
     assert len(set(chosen)) == 1
     used.update(chosen)
