@@ -77,7 +77,8 @@ def report(parts, sensitivities, shares, workdir: workdirs.Workdir) -> None:
       texts.append(table.markdown())
   figures = {'accuracy': encoder_figures.accuracy(parts['released'])}
   if parts['tuned']:
-    figures['training'] = encoder_figures.training(parts['tuned'])
+    trained = (*parts['tuned'], *parts['shared'])
+    figures['training'] = encoder_figures.training(trained)
     figures['hessian'] = encoder_figures.sensitivities(
       sensitivities, shares['by Hessian']
     )
