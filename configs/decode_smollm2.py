@@ -11,7 +11,8 @@ tokens, n-grams and the trained drafts that come with the package.
 Hardware: two CPU cores, 4 GB of memory. The demo takes 4 to 5 minutes with
 compilation, the whole run 75 to 90 (an estimate: it was made without a queue,
 --config.queue=0). Expect 1.3x to 1.6x plain on HumanEval and 1.1x on MT-bench
-at batch 1 with n-grams, about plain's speed at batch 8, and every row exact.
+at batch 1 with n-grams, about plain's speed with them at batch 8, and every
+row exact.
 """
 
 import ml_collections
