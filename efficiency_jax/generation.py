@@ -7,7 +7,7 @@
 Everything below this module works on arrays and knows no tokenizer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import time
 from typing import Any
@@ -217,12 +217,10 @@ def stream(
     raise ValueError(
       f'force_length must be one of {lengths}, got {force_length}.'
     )
-  # Which prompt stands in each place of the batch, and those that wait.
-  places = list(range(min(batch or len(prompts), len(prompts))))
-  waiting = list(range(len(places), len(prompts)))
+  batch = min(batch or len(prompts), len(prompts))
   if costs is None and len(lengths) > 1 and force_length is None:
-    kind = _of_rows(settings, places)
-    costs = measured_costs(engine, kind, len(places), slots)
+    kind = _of_rows(settings, list(range(batch)))
+    costs = measured_costs(engine, kind, batch, slots)
   keys = sampling.row_keys(seed, jnp.arange(len(prompts)))
 
   def read(some: list[int]) -> speculative.State:
@@ -233,15 +231,32 @@ def stream(
       start(engine, ids, max_new_tokens, *rows, slots)
     )
 
+  sizes = np.array([len(ids) for ids in encoded])
+  how = costs, rounds, force_length
+  yield from _pieces(engine, read, sizes, batch, stop_strings, how)
+
+
+def _pieces(
+  engine: Engine,
+  read: Callable[[list[int]], speculative.State],
+  sizes: np.ndarray,
+  batch: int,
+  stop_strings: Sequence[str],
+  how: tuple[np.ndarray | None, int | None, int | None],
+) -> Iterator[Generation]:
+  """Decodes prompts of these sizes, which `read` reads; `how` is for `run`."""
+  _, rounds, _ = how
+  lengths = engine.decoder.schedule.lengths
+  # Which prompt stands in each place of the batch, and those that wait.
+  places, waiting = list(range(batch)), list(range(batch, len(sizes)))
   begin = time.perf_counter()
   state = read(places)
   reading = time.perf_counter() - begin
-  rows = [_NOTHING] * len(prompts)
+  rows = [_NOTHING] * len(sizes)
   earlier = np.zeros(len(lengths), int)  # rounds of accounts that were closed
   while True:
-    state = run(engine, state, costs, rounds, force_length, bool(waiting))
-    prompt_length = np.array([len(encoded[number]) for number in places])
-    made = _rows(engine, state, prompt_length, stop_strings)
+    state = run(engine, state, *how, bool(waiting))
+    made = _rows(engine, state, sizes[places], stop_strings)
     for number, (row, _) in zip(places, made, strict=True):
       rows[number] = row
     done = np.array([ended for _, ended in made])
